@@ -1,0 +1,1 @@
+"""How a step reaches the ranks: one process, or Ray actors with a step channel."""

@@ -1,0 +1,1 @@
+"""What applications import, and the contract all parts share."""

@@ -1,0 +1,1 @@
+"""Producers: files and data sets that become jobs."""

@@ -1,0 +1,1 @@
+"""Sinks: consumers of result streams, each with its commit rule."""
