@@ -38,7 +38,7 @@ class RopeSpec:
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """The shape of a decoder-only model, read from config.json. Plain data: it travels to ranks by msgpack."""
+    """The shape of a decoder-only model, read from config.json. Plain data: it travels to ranks."""
 
     architecture: str  # config.json's architectures[0]
     vocab_size: int
@@ -60,7 +60,7 @@ class ModelSpec:
     logn_attn: bool = False  # Qwen-1: queries past the trained length are scaled by log_train(position)
     train_length: int | None = None  # Qwen-1: config's seq_length
     dtype: str = "float32"  # the checkpoint's own
-    eos_token_ids: tuple[int, ...] = ()  # union of config and generation_config; the tokenizer's are added later
+    eos_token_ids: tuple[int, ...] = ()  # config and generation_config; the tokenizer's come later
     bos_token_id: int | None = None
 
     def to_wire(self) -> dict[str, Any]:
@@ -85,13 +85,13 @@ class EngineConfig:
     max_num_batched_tokens: int = 1024  # token budget of one step
     block_size: int = 16  # tokens per KV block
     gpu_memory_utilization: float = 0.92
-    kv_cache_memory: float | None = None  # GiB per rank; CPUs (default 1 GiB or what the machine has to spare)
+    kv_cache_memory: float | None = None  # GiB per rank, for CPUs; None: what the machine can spare
     num_kv_blocks: int | None = None  # exact size of the pool, null block included; tests and benchmarks
     enable_prefix_caching: bool = True
     seed: int = 0
     served_model_name: str | None = None
-    overlap_depth: int | None = None  # steps in flight beside the one being computed; None: 0 on CPU, 1 on GPU
-    max_parallel_loading_workers: int | None = None  # ranks that read the checkpoint at once; None means all
+    overlap_depth: int | None = None  # steps in flight beside the awaited one; None: CPU 0, GPU 1
+    max_parallel_loading_workers: int | None = None  # ranks that load at once; None: all
     ray_address: str | None = None
     num_threads: int | None = None  # CPU threads per rank; None: cores // ranks
     step_timeout_s: float = 120.0  # a step slower than this means a hung rank

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import StrEnum
 from typing import Any, Protocol
 
 
-class FinishReason(str, Enum):
+class FinishReason(StrEnum):
     """Why a row ended, in OpenAI's words where it has one."""
 
     STOP = "stop"  # EOS, stop token id or stop string

@@ -1,4 +1,4 @@
-"""The one exception tree of the client and the contract. Every error names the value, the limit and the fix."""
+"""The one exception tree of the client and the contract. Errors name the value, the limit and the fix."""
 
 
 class HeadraceError(Exception):

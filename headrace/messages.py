@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from enum import Enum
+from enum import StrEnum
 from typing import Annotated, Any, Literal
 
 import orjson
@@ -70,7 +70,7 @@ Number = Annotated[float, Field(strict=True), AfterValidator(_finite)]  # ints p
 TokenId = Annotated[StrictInt, Field(ge=0, lt=1 << 31)]
 
 
-class Kind(str, Enum):
+class Kind(StrEnum):
     """What a job asks for."""
 
     CHAT = "chat"
@@ -78,7 +78,7 @@ class Kind(str, Enum):
     SCORE = "score"
 
 
-class Priority(str, Enum):
+class Priority(StrEnum):
     """Streams of one lane, most urgent first."""
 
     INTERACTIVE = "interactive"
@@ -86,7 +86,7 @@ class Priority(str, Enum):
     BULK = "bulk"
 
 
-class Status(str, Enum):
+class Status(StrEnum):
     """How a job ended."""
 
     OK = "ok"
@@ -256,7 +256,8 @@ class Job(_Strict):
 def _check_size(raw: bytes) -> None:
     if len(raw) > MAX_JOB_BYTES:
         raise InvalidJob(
-            f"job of {len(raw)} bytes exceeds the limit of {MAX_JOB_BYTES}: shorten the prompt", "job_too_large"
+            f"job of {len(raw)} bytes exceeds the limit of {MAX_JOB_BYTES}: shorten the prompt",
+            "job_too_large",
         )
 
 
@@ -279,7 +280,8 @@ def readable(e: ValidationError) -> str:
     for err in e.errors(include_url=False)[:3]:
         where = ".".join(str(p) for p in err["loc"] if not str(p).startswith(("constrained-", "function-")))
         got = err.get("input")
-        shown = "" if isinstance(got, (dict, list)) or err["type"] == "missing" else f" (got {str(got)[:60]!r})"
+        hidden = isinstance(got, (dict, list)) or err["type"] == "missing"
+        shown = "" if hidden else f" (got {str(got)[:60]!r})"
         message = err["msg"].removeprefix("Value error, ")
         if err["type"] == "extra_forbidden":
             message, shown = "unknown field", ""

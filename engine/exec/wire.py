@@ -80,9 +80,7 @@ class StepResult:
 
 
 def pack_plan(plan: StepPlan) -> bytes:
-    new = [
-        (n.row, n.tokens, n.prompt_len, n.computed, n.blocks, n.sampling.to_wire()) for n in plan.new
-    ]
+    new = [(n.row, n.tokens, n.prompt_len, n.computed, n.blocks, n.sampling.to_wire()) for n in plan.new]
     steps = [(s.row, s.start, s.count, s.sample, s.new_blocks) for s in plan.steps]
     return msgpack.packb((PROTOCOL, plan.step, steps, new, plan.finished))
 
