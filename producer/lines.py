@@ -45,7 +45,7 @@ class Line:
 
 
 @contextmanager
-def open_input(path: str) -> Iterator[BufferedReader]:
+def open_input(path: str) -> Iterator[IO[bytes]]:
     """The input as a buffered byte stream; `-` is standard input. Raises InputError with the fix."""
     if path == STDIN:
         # Not sys.stdin: a thread still reading from that one at exit makes the interpreter abort.
