@@ -56,7 +56,8 @@ class ModelSpec:
     o_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
-    sliding_window: int | None = None  # tokens a query may look back; None means all
+    sliding_window: int | None = None  # tokens a query sees, itself included; None means all
+    full_layers: tuple[int, ...] = ()  # layers that ignore the sliding window
     logn_attn: bool = False  # Qwen-1: queries past the trained length are scaled by log_train(position)
     train_length: int | None = None  # Qwen-1: config's seq_length
     dtype: str = "float32"  # the checkpoint's own
@@ -68,7 +69,8 @@ class ModelSpec:
 
     @classmethod
     def from_wire(cls, raw: dict[str, Any]) -> ModelSpec:
-        raw = dict(raw, rope=RopeSpec(**raw["rope"]), eos_token_ids=tuple(raw["eos_token_ids"]))
+        raw = dict(raw, rope=RopeSpec(**raw["rope"]))
+        raw |= {name: tuple(raw[name]) for name in ("eos_token_ids", "full_layers")}
         return cls(**raw)
 
 

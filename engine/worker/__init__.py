@@ -1,0 +1,1 @@
+"""One rank: device, weights, KV cache, permanent rows, and the step."""

@@ -1,0 +1,218 @@
+"""One rank: its device, its shard of the model, its KV cache, and the step that a plan describes.
+
+Executors build one per rank and call the verbs in order: init_device, load, allocate, then run for
+every plan, and close. Every rank is sent the same plans and makes the same calls; only rank 0 answers.
+Knows nothing of scheduling, queues or text.
+
+Suffixes: T tokens, D hidden, S sampled rows, P scored prompt positions, V this rank's vocabulary.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import time
+
+import torch
+
+from engine.attn.base import AttentionBackend, attn_shape, choose
+from engine.config import EngineConfig, ModelSpec, context_length
+from engine.errors import CheckpointError, ConfigError
+from engine.exec.base import RankReport
+from engine.exec.wire import StepPlan, StepResult
+from engine.load.checkpoint import Checkpoint, dummy_shards, load_shards
+from engine.load.shards import Cut, owned
+from engine.models.decoder import HEAD
+from engine.models.registry import build_model, shards_of
+from engine.parallel.comm import Comm, connect
+from engine.request import TokenLogprobs
+from engine.sample.sampler import Sampler
+from engine.worker.batch import CPU_ROWS, Batch, build
+from engine.worker.memory import GIB, kv_blocks
+from engine.worker.rows import Rows
+
+log = logging.getLogger(__name__)
+
+#: Bytes of float32 logits that one slice of scored prompt positions may take.
+SCORE_BYTES = 32 << 20
+#: A collective that waits longer than this, or than two slow steps, means a dead peer.
+COLLECTIVE_TIMEOUT_S = 300.0
+
+
+class Worker:
+    """Rank `rank` of `world`. Building one is cheap; `init_device` is the first call that is not."""
+
+    def __init__(
+        self, config: EngineConfig, spec: ModelSpec, rank: int, world: int, init_method: str | None
+    ) -> None:
+        self.config = config
+        self.spec = spec
+        self.rank = rank
+        self.world = world
+        self.init_method = init_method
+        self.max_len = context_length(spec, config)
+        self.comm = Comm()
+        self.attention: AttentionBackend
+
+    def init_device(self) -> None:
+        """Device, threads and process group, in an order that matters.
+
+        Ray sets NCCL_ASYNC_ERROR_HANDLING, which breaks CUDA graphs; it goes first. The group is joined,
+        and cuBLAS has its workspace, before anyone measures free memory: their buffers must not be
+        counted as free. Raises ConfigError for a device or dtype that this machine lacks.
+        """
+        os.environ.pop("NCCL_ASYNC_ERROR_HANDLING", None)
+        self.device = _device(self.config)
+        self.dtype = _dtype(self.config, self.spec, self.device)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+            torch.cuda.empty_cache()
+        else:
+            cores = len(os.sched_getaffinity(0))
+            torch.set_num_threads(self.config.num_threads or max(1, cores // self.world))
+        timeout = max(COLLECTIVE_TIMEOUT_S, 2 * self.config.step_timeout_s)
+        self.comm = connect(self.rank, self.world, self.init_method, self.device, timeout)
+        torch.manual_seed(self.config.seed)
+        if self.device.type == "cuda":
+            one = torch.ones(8, 8, device=self.device, dtype=self.dtype)
+            torch.nn.functional.linear(one, one)
+
+    def load(self) -> RankReport:
+        """Read this rank's slices, build the model, and count the KV blocks that fit beside it."""
+        began = time.perf_counter()
+        plan = shards_of(self.spec, Cut(self.rank, self.world))
+        if self.config.load_format == "dummy":
+            tensors = dummy_shards(plan, self.dtype, self.config.seed + self.rank)
+        else:
+            with Checkpoint(self.config.model) as checkpoint:
+                tied = HEAD if self.spec.tie_embeddings else None
+                tensors = load_shards(checkpoint, plan, self.dtype, tied)
+        weights = sum(t.numel() * t.element_size() for t in tensors.values()) / GIB
+        tensors = {name: t.to(self.device) for name, t in tensors.items()}
+        self.model = build_model(self.spec, tensors, self.comm, self.max_len, self.device)
+        if tensors:
+            raise CheckpointError(f"the model does not use {', '.join(sorted(tensors))}")
+        seconds = time.perf_counter() - began
+
+        heads = owned(self.spec.num_heads, self.rank, self.world)[1]
+        kv_heads = owned(self.spec.num_kv_heads, self.rank, self.world)[1]
+        shape = attn_shape(self.spec, heads, kv_heads, self.config.block_size, self.dtype, self.device)
+        self.attention, reason = choose(shape)
+        row_blocks = -(-self.max_len // self.config.block_size)
+        blocks = kv_blocks(
+            self.config, shape.block_bytes, row_blocks * self.config.max_num_seqs, self.world, self.device
+        )
+        kv_gib = blocks * shape.block_bytes / GIB
+        log.info(
+            "rank_loaded rank=%d device=%s dtype=%s weights_gib=%.4f seconds=%.2f kv_tokens=%d kv_gib=%.4f "
+            "attention=%r",
+            self.rank, self.device, self.dtype, weights, seconds,
+            (blocks - 1) * self.config.block_size, kv_gib, reason,
+        )  # fmt: skip
+        return RankReport(
+            self.rank, str(self.device), socket.gethostname(), weights, seconds, blocks, kv_gib, reason,
+            os.getpid(),
+        )  # fmt: skip
+
+    def allocate(self, num_blocks: int) -> None:
+        """Make the KV pool, the rows and the sampler; the smallest rank has decided `num_blocks`."""
+        self.attention.allocate(num_blocks)
+        row_blocks = -(-self.max_len // self.config.block_size)
+        self.rows = Rows(self.config.max_num_seqs, row_blocks, self.device)
+        head = self.model.head
+        self.sampler = Sampler(
+            self.comm, self.spec.vocab_size, head.start, head.end, self.config.max_num_seqs, self.device
+        )
+
+    @torch.inference_mode()
+    def run(self, plan: StepPlan) -> StepResult | None:
+        """Compute one plan. Rank 0 returns the result, the others None."""
+        began = time.perf_counter()
+        reduces = self.comm.traffic.all_reduces
+        for row in plan.finished:
+            self.sampler.drop_row(row)
+        self.rows.apply(plan)
+        for new in plan.new:
+            self.sampler.add_row(new.row, new.sampling, new.tokens, new.prompt_len)
+        if not plan.steps:
+            return StepResult(plan.step, []) if self.rank == 0 else None
+
+        batch = build(plan, self.rows, self.config.block_size, self.device)
+        self.attention.begin(batch.attn)
+        x_TD = self.model.forward(batch.ids_T, batch.positions_T, batch.prompt_lens_T, self.attention)
+        scores = self._score(batch, x_TD) if len(batch.score_rows) else []
+        ids: list[int] = []
+        logprobs: list[tuple[int, TokenLogprobs]] = []
+        bad_rows: list[tuple[int, str]] = []
+        if batch.sample_rows:
+            logits_SV = self._logits(x_TD, batch.sample_at_S)
+            out = self.sampler.sample(logits_SV, batch.sample_rows, batch.sample_positions_S)
+            self.rows.last_R[torch.tensor(batch.sample_rows, device=self.device)] = out.token_ids
+            ids, logprobs, bad_rows = out.token_ids.tolist(), out.logprobs, out.bad_rows
+        if self.rank:
+            return None
+        return StepResult(
+            plan.step,
+            list(zip(batch.sample_rows, ids, strict=True)),
+            logprobs,
+            scores,
+            bad_rows,
+            time.perf_counter() - began,
+            self.comm.traffic.all_reduces - reduces,
+        )
+
+    def close(self) -> None:
+        """Leave the process group."""
+        self.comm.close()
+
+    def _logits(self, x_TD: torch.Tensor, at_S: torch.Tensor) -> torch.Tensor:
+        """This rank's logits of the selected tokens, with the rows padded as all CPU products are."""
+        number = at_S.shape[0]
+        x_SD = x_TD[at_S]
+        if self.device.type != "cuda" and number % CPU_ROWS:
+            x_SD = torch.nn.functional.pad(x_SD, (0, 0, 0, -number % CPU_ROWS))
+        return self.model.logits(x_SD)[:number]
+
+    def _score(self, batch: Batch, x_TD: torch.Tensor) -> list[tuple[int, int, TokenLogprobs]]:
+        """Log-probabilities of prompt tokens, in slices whose logits stay small."""
+        rows, positions = batch.score_rows.tolist(), batch.score_positions.tolist()
+        size = max(CPU_ROWS, SCORE_BYTES // (4 * self.spec.vocab_size) // CPU_ROWS * CPU_ROWS)
+        out: list[tuple[int, int, TokenLogprobs]] = []
+        for begin in range(0, len(rows), size):
+            part = slice(begin, begin + size)
+            wanted = list(zip(rows[part], positions[part], strict=True))
+            ids_P = torch.tensor(
+                [int(self.rows.tokens[row][position]) for row, position in wanted],
+                device=self.device,
+            )
+            entries = self.sampler.logprobs_of(
+                self._logits(x_TD, batch.score_at_P[part]), ids_P, max(self._top_n(row) for row in rows[part])
+            )
+            for (row, position), entry in zip(wanted, entries, strict=False):
+                top = entry.top[: self._top_n(row)]
+                out.append((row, position, TokenLogprobs(entry.token_id, entry.logprob, entry.rank, top)))
+        return out
+
+    def _top_n(self, row: int) -> int:
+        sampling = self.rows.sampling[row]
+        return (sampling.prompt_logprobs or 0) if sampling is not None else 0
+
+
+def _device(config: EngineConfig) -> torch.device:
+    if config.device not in ("auto", "cpu", "cuda"):
+        raise ConfigError(f"--device {config.device} is not one of auto, cpu, cuda.")
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda, but torch sees no GPU on this machine: use --device cpu.")
+    if config.device != "cpu" and torch.cuda.is_available():
+        return torch.device("cuda", 0)  # an executor shows each rank its own GPU only
+    return torch.device("cpu")
+
+
+def _dtype(config: EngineConfig, spec: ModelSpec, device: torch.device) -> torch.dtype:
+    name = spec.dtype if config.dtype == "auto" else config.dtype
+    if name == "float16" and device.type == "cpu":
+        if config.dtype == "auto":
+            return torch.float32  # a float16 checkpoint read exactly; CPUs have no fast float16
+        raise ConfigError("--dtype float16 is for GPUs only: use bfloat16 or float32 on a CPU.")
+    return getattr(torch, name)
