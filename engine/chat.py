@@ -1,8 +1,9 @@
 """Chat templates: Jinja text from a model folder, rendered as `transformers` renders it, in a sandbox.
 
 A template is data from a stranger: it runs in Jinja's immutable sandbox without a loader, sees only the
-messages and the names of the special tokens, and is bounded in loop passes and in output (CVE-2024-34359
-and its kin). A template's failure is the job's, never the engine's.
+messages and the names of the special tokens, and is bounded in loop passes, products and output
+(CVE-2024-34359 and its kin). That keeps it from the machine and from endless loops; one that was written
+to fill the memory by joining strings is not stopped. A template's failure is the job's, not the engine's.
 
 Also here: how text that users wrote is kept from turning into special tokens (`mark`, `split_marked`).
 Knows nothing of token ids; the tokenizers call it.
@@ -35,6 +36,8 @@ MAX_PASSES = 1 << 20
 MAX_OUTPUT = 8 << 20
 #: Largest string or list that a template may build by multiplication.
 MAX_PRODUCT = 1 << 20
+#: Largest power of whole numbers, in bits.
+MAX_POWER_BITS = 4096
 
 #: Noncharacters (Unicode 23.7, for internal use) that enclose a special token's name in user text.
 _OPEN, _CLOSE = "\ufdd0", "\ufdd1"
@@ -140,8 +143,9 @@ class _Sandbox(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset({"*", "**"})
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        if operator == "**" and isinstance(right, (int, float)) and abs(right) > 64:
-            raise SecurityError(f"the exponent {right} exceeds the limit of 64")
+        whole = isinstance(left, int) and isinstance(right, int)
+        if operator == "**" and whole and left.bit_length() * right > MAX_POWER_BITS:
+            raise SecurityError(f"a power of {left.bit_length() * right} bits exceeds {MAX_POWER_BITS}")
         for many, times in ((left, right), (right, left)):
             many_items = isinstance(many, (str, list, tuple)) and isinstance(times, int)
             if operator == "*" and many_items and len(many) * times > MAX_PRODUCT:

@@ -1,7 +1,7 @@
 """`tokenizer.json` tokenizers, through the `tokenizers` library and nothing else.
 
 `transformers` is not used to load them: tokenizer.json says all, whereas its classes rebuild parts of it
-by the name in tokenizer_config.json. What that file adds (further tokens, named special tokens, BOS, the
+by the name in tokenizer_config.json. What that file adds (further tokens, named special tokens, the
 chat template) is applied here as `transformers` applies it; a test holds the two together.
 Implements `engine.tokenizer.Tokenizer`.
 """
@@ -35,10 +35,8 @@ _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 class HFTokenizer:
     """One loaded tokenizer.json with its settings."""
 
-    def __init__(
-        self, backend: Backend, *, named: dict[str, str], template: str | None, add_bos: bool | None
-    ) -> None:
-        """`add_bos` None leaves it to the file's own post-processor."""
+    def __init__(self, backend: Backend, *, named: dict[str, str], template: str | None) -> None:
+        """`named`: special tokens by their role, such as "eos_token"."""
         # Rows are tokenised one by one on a side thread: more threads would take the model's cores.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         backend.no_truncation()
@@ -54,7 +52,6 @@ class HFTokenizer:
         self.eos_token_ids: tuple[int, ...] = () if eos is None else (eos,)
         vocab = backend.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocab.values(), default=-1) + 1
-        self._add_bos = add_bos
         self._to_bytes, self.lead = _piece_rule(backend)
         self._piece_cache: dict[int, bytes] = {}
         stripping = any(token.lstrip or token.rstrip for token in added.values())
@@ -78,23 +75,16 @@ class HFTokenizer:
         names = read_json(folder, "special_tokens_map.json") | config
         named = {k: _content(names[k]) for k in _NAMED if names.get(k) is not None}
         _add_tokens(backend, config, named, folder)
-        explicit = "add_bos_token" in config or "add_eos_token" in config
-        return cls(
-            backend,
-            named=named,
-            template=_read_template(folder, config),
-            add_bos=bool(config.get("add_bos_token")) if explicit else None,
-        )
+        return cls(backend, named=named, template=_read_template(folder, config))
 
     def encode(self, text: str, *, special: bool) -> list[int]:
         return self._run(text, add=False) if special else self._spell(text)
 
     def encode_prompt(self, text: str, *, limit: int | None = None) -> list[int]:
         refuse_too_long(self._fewest_tokens(text), limit)
-        if self._add_bos is None:
-            return self._run(text, add=True)
-        bos = [self.bos_token_id] if self._add_bos and self.bos_token_id is not None else []
-        return bos + self._run(text, add=False)
+        # The file's post-processor adds BOS; tokenizer_config.json's add_bos_token counts for nothing
+        # beside a tokenizer.json, as in transformers.
+        return self._run(text, add=True)
 
     def encode_chat(self, messages: list[Turn], *, limit: int | None = None) -> list[int]:
         if self._template is None:
@@ -198,7 +188,7 @@ def _piece_rule(backend: Backend) -> tuple[Callable[[str], bytes], bytes]:
             lead = b"" if step.get("prepend_scheme") == "never" else b" "
         else:
             raise ConfigError(
-                f"tokenizer.json has a decoder step that is not supported: {json.dumps(step)[:200]} (supported: "
+                f"tokenizer.json has an unsupported decoder step {json.dumps(step)[:200]} (supported: "
                 "ByteLevel, Metaspace, Replace, ByteFallback, Fuse, Strip of one leading character)."
             )
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import binascii
 import unicodedata
+from typing import Literal
 
 import tiktoken
 
@@ -72,10 +73,10 @@ class QwenTokenizer:
 
     def encode(self, text: str, *, special: bool) -> list[int]:
         text = unicodedata.normalize("NFC", text)
+        allowed: Literal["all"] | set[str] = "all" if special else set()
         try:
-            if special:
-                return self._encoding.encode(text, allowed_special="all", disallowed_special=())
-            return self._encoding.encode_ordinary(text)
+            # Not `encode_ordinary`: where this raises ValueError, that one panics.
+            return self._encoding.encode(text, allowed_special=allowed, disallowed_special=())
         except ValueError as e:  # the pattern's look-ahead gives up on a million blanks in a row
             raise InvalidRequest(
                 "tokenizer_failed", f"the text cannot be split into words ({e}): shorten its white space"
