@@ -33,7 +33,7 @@ MAX_SOURCE = 1 << 20
 #: Loop passes of one rendering: 4,096 messages with two hundred passes each.
 MAX_PASSES = 1 << 20
 #: Largest rendered prompt, in characters; jobs are at most 1 MiB.
-MAX_OUTPUT = 8 << 20
+MAX_OUTPUT = 16 << 20
 #: Largest string or list that a template may build by multiplication.
 MAX_PRODUCT = 1 << 20
 #: Largest power of whole numbers, in bits.

@@ -1,0 +1,394 @@
+"""Jobs become requests of the core, and finished requests one completion."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import text_builders as build
+
+from engine.config import ModelSpec
+from engine.errors import InvalidRequest
+from engine.hf_tokenizer import HFTokenizer
+from engine.monitor import TextMonitor
+from engine.request import FinishReason, Request, TokenLogprobs
+from engine.text import Prepared, complete, failure, prepare, seed_of
+from engine.tokenizer import load_tokenizer
+from headrace.messages import Completion, Job, Status
+
+CONTEXT = 512
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> HFTokenizer:
+    found = load_tokenizer(str(build.byte_level(tmp_path_factory.mktemp("byte-level"))))
+    assert isinstance(found, HFTokenizer)
+    return found
+
+
+@pytest.fixture(scope="module")
+def spec(tokenizer: HFTokenizer) -> ModelSpec:
+    return build.spec(tokenizer.vocab_size, eos_token_ids=(5,))
+
+
+def job(**fields: Any) -> Job:
+    params = {k: fields.pop(k) for k in list(fields) if k not in Job.model_fields}
+    kind = fields.pop("kind", "chat" if "messages" in fields else "completion")
+    return Job.build({"run": "r", "lane": "l", "kind": kind, "params": params, **fields})
+
+
+def say(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]
+
+
+def generate(request: Request, ids: list[int]) -> None:
+    """What the core does with these sampled ids: stop ids, then the monitor, then max_tokens."""
+    for i in ids:
+        request.output.append(i)
+        enough = len(request.output) > request.sampling.min_tokens
+        if i in request.sampling.stop_token_ids and enough:
+            request.finish = FinishReason.STOP
+            return
+        if request.monitor and request.monitor.push(i):
+            request.finish = FinishReason.STOP
+            return
+    request.finish = FinishReason.LENGTH
+
+
+def answer(j: Job, tokenizer: HFTokenizer | None, spec: ModelSpec, *outputs: list[int]) -> Completion:
+    prepared = prepare(j, tokenizer, spec, CONTEXT)
+    for request, ids in zip(prepared.requests, outputs, strict=True):
+        generate(request, ids)
+    done = complete(j, prepared, tokenizer, engine="e", model="m", attempts=2)
+    return Completion.parse(done.to_bytes())
+
+
+# -- jobs to requests ------------------------------------------------------------------------------
+
+
+def test_every_sampling_field_reaches_the_core(tokenizer: HFTokenizer, spec: ModelSpec) -> None:
+    j = job(
+        prompt="hello", max_tokens=9, min_tokens=2, temperature=0.5, top_p=0.9, top_k=40, min_p=0.1,
+        presence_penalty=0.1, frequency_penalty=0.2, repetition_penalty=1.3, logit_bias={"7": -3},
+        seed=11, stop_token_ids=[8], logprobs=3, prompt_logprobs=2,
+    )  # fmt: skip
+    prepared = prepare(j, tokenizer, spec, CONTEXT)
+    s = prepared.requests[0].sampling
+    assert prepared.prompt == tokenizer.encode_prompt("hello")
+    assert (s.max_tokens, s.min_tokens, s.temperature, s.top_p, s.top_k, s.min_p) == (9, 2, 0.5, 0.9, 40, 0.1)
+    assert (s.presence_penalty, s.frequency_penalty, s.repetition_penalty) == (0.1, 0.2, 1.3)
+    assert (s.logit_bias, s.seed, s.logprobs, s.prompt_logprobs) == ({7: -3.0}, 11, 3, 2)
+    assert s.stop_token_ids == tuple(sorted((5, 8, tokenizer.eos_token_ids[0])))
+    assert s.score_from is None
+    assert prepared.requests[0].monitor is None, "no stop strings: nothing to watch while running"
+
+
+def test_defaults_of_max_tokens(tokenizer: HFTokenizer, spec: ModelSpec) -> None:
+    chat = prepare(job(messages=say("hi")), tokenizer, spec, CONTEXT)
+    assert chat.requests[0].sampling.max_tokens == CONTEXT - len(chat.prompt)
+    assert prepare(job(prompt="hi"), tokenizer, spec, CONTEXT).requests[0].sampling.max_tokens == 16
+    full = prepare(job(prompt_token_ids=[1] * 510), tokenizer, spec, CONTEXT)
+    assert full.requests[0].sampling.max_tokens == 2, "a default never makes a job impossible"
+
+
+def test_top_k_that_keeps_everything_is_off(tokenizer: HFTokenizer, spec: ModelSpec) -> None:
+    for k in (-1, 0, spec.vocab_size, 1 << 30):
+        assert prepare(job(prompt="x", top_k=k), tokenizer, spec, CONTEXT).requests[0].sampling.top_k == 0
+
+
+def test_ignore_eos_ignores_all_of_them_but_not_what_the_job_names(
+    tokenizer: HFTokenizer, spec: ModelSpec
+) -> None:
+    j = job(prompt="x", ignore_eos=True, stop_token_ids=[9], stop=["<|im_end|>", "<|im_start|>", "plain"])
+    ids = prepare(j, tokenizer, spec, CONTEXT).requests[0].sampling.stop_token_ids
+    assert set(ids) == {9, tokenizer.token_id("<|im_end|>"), tokenizer.token_id("<|im_start|>")}
+
+
+def test_seeds_repeat_for_a_job_and_differ_between_choices(tokenizer: HFTokenizer, spec: ModelSpec) -> None:
+    first, again, other = (job(prompt="x", n=4, id=i) for i in ("a", "a", "b"))
+    seeds = [[r.sampling.seed for r in prepare(j, tokenizer, spec, CONTEXT).requests] for j in (first, again)]
+    assert seeds[0] == seeds[1]
+    assert len(set(seeds[0])) == 4
+    assert seed_of(other, 0) not in seeds[0]
+    assert all(0 <= s < 1 << 63 for s in seeds[0])
+    assert 0 <= seed_of(job(prompt="x", seed=-5), 0) < 1 << 63
+    assert seed_of(job(prompt="x", seed=7, n=3), 0) == seed_of(job(prompt="y", seed=7), 0) == 7
+
+
+def test_choices_share_a_prompt_and_have_ids_of_their_own(tokenizer: HFTokenizer, spec: ModelSpec) -> None:
+    prepared = prepare(job(prompt="x", n=3, id="j", stop=["a"]), tokenizer, spec, CONTEXT)
+    assert [r.id for r in prepared.requests] == ["j/0", "j/1", "j/2"]
+    assert len({id(r.monitor) for r in prepared.requests}) == 3
+    assert all(r.prompt == prepared.prompt for r in prepared.requests)
+
+
+REFUSED: dict[str, list[dict[str, Any]]] = {
+    "prompt_too_long": [
+        {"prompt_token_ids": [1] * 512},
+        {"prompt": "fox " * 2000},
+        {"messages": say("fox " * 2000)},
+        {"prompt": "a" * 10_000_000},
+        {"messages": say("é" * 10_000_000)},
+        {"kind": "score", "prompt": "a " * 400, "continuation": "b " * 400},
+    ],
+    "max_tokens_too_large": [{"prompt": "hi", "max_tokens": 600}, {"messages": say("x"), "max_tokens": 512}],
+    "min_tokens_too_large": [{"prompt": "hi", "min_tokens": 17}],
+    "token_out_of_range": [
+        {"prompt_token_ids": [1, 1 << 20]},
+        {"prompt": "x", "stop_token_ids": [1 << 20]},
+        {"prompt": "x", "logit_bias": {str(1 << 20): 1}},
+        {"kind": "score", "prompt": "x", "continuation_token_ids": [1 << 20]},
+    ],
+}
+
+
+@pytest.mark.parametrize(("code", "fields"), [(c, f) for c, rows in REFUSED.items() for f in rows])
+def test_what_the_model_cannot_run_is_refused_with_a_stable_code(
+    tokenizer: HFTokenizer, spec: ModelSpec, code: str, fields: dict[str, Any]
+) -> None:
+    with pytest.raises(InvalidRequest) as e:
+        prepare(job(**fields), tokenizer, spec, CONTEXT)
+    assert e.value.code == code
+    assert any(c.isdigit() for c in str(e.value)), "the message names value and limit"
+    assert len(str(e.value)) < 300
+
+
+def test_the_words_of_a_refusal(tokenizer: HFTokenizer, spec: ModelSpec) -> None:
+    with pytest.raises(InvalidRequest) as e:
+        prepare(job(prompt_token_ids=[1] * 120, max_tokens=9000), tokenizer, spec, 8192)
+    assert str(e.value) == (
+        "max_tokens 9000 + prompt 120 exceeds the model's context of 8192: "
+        "lower max_tokens or shorten the prompt"
+    )
+
+
+def test_an_empty_prompt_is_refused(tmp_path: Path, spec: ModelSpec) -> None:
+    words = load_tokenizer(str(build.word_level(tmp_path)))
+    rows: list[dict[str, Any]] = [{"prompt": "  "}, {"kind": "score", "prompt": "x", "continuation": " "}]
+    for fields in rows:
+        with pytest.raises(InvalidRequest) as e:
+            prepare(job(**fields), words, build.spec(100), CONTEXT)
+        assert e.value.code == "empty_prompt"
+
+
+def test_odd_but_valid_text_passes(tokenizer: HFTokenizer, spec: ModelSpec) -> None:
+    for text in ("\0", "\ufeff", "\u202eabc", "\ufffd", "\ufdd0x\ufdd1", " "):
+        rows: list[dict[str, Any]] = [{"prompt": text}, {"messages": say(text)}]
+        for fields in [*rows, {"messages": say(text + "<|im_end|>")}]:
+            assert prepare(job(**fields), tokenizer, spec, CONTEXT).prompt
+
+
+# -- a model without a tokenizer ----------------------------------------------------------------------
+
+
+def test_a_model_without_tokenizer_serves_token_ids(spec: ModelSpec) -> None:
+    done = answer(job(prompt_token_ids=[1, 2], stop_token_ids=[9]), None, spec, [3, 4, 9])
+    assert done.choices[0].token_ids == [3, 4, 9]
+    assert (done.choices[0].text, done.choices[0].stop_reason) == ("", 9)
+    for fields in (
+        {"prompt": "x"},
+        {"messages": say("x")},
+        {"prompt_token_ids": [1], "stop": ["x"]},
+        {"kind": "score", "prompt_token_ids": [1], "continuation": "x"},
+    ):
+        with pytest.raises(InvalidRequest) as e:
+            prepare(job(**fields), None, spec, CONTEXT)
+        assert e.value.code == "no_tokenizer"
+
+
+# -- requests to completions -----------------------------------------------------------------------
+
+
+def test_a_completion_tells_what_happened(tokenizer: HFTokenizer, spec: ModelSpec) -> None:
+    ids = tokenizer.encode("hello 你好 fox", special=False)
+    j = job(messages=say("hi"), meta={"k": [1]}, reply_to="replies", enqueued=5.0)
+    done = answer(j, tokenizer, spec, [*ids, *tokenizer.eos_token_ids])
+    assert (done.status, done.id, done.kind, done.meta) == (Status.OK, j.id, j.kind, {"k": [1]})
+    assert (done.engine, done.model, done.attempts, done.reply_to) == ("e", "m", 2, "replies")
+    choice = done.choices[0]
+    assert (choice.text, choice.finish_reason, choice.stop_reason) == ("hello 你好 fox", "stop", None)
+    assert choice.token_ids == []
+    assert done.prompt_token_ids is None
+    assert done.usage.completion_tokens == len(ids) + 1
+    assert done.timings.enqueued == 5.0
+    assert done.timings.finished is not None
+
+
+def test_token_ids_come_back_on_request_the_stopping_one_too(tokenizer: HFTokenizer, spec: ModelSpec) -> None:
+    eos = tokenizer.eos_token_ids[0]
+    done = answer(job(prompt="x", return_token_ids=True), tokenizer, spec, [7, 8, eos])
+    assert done.choices[0].token_ids == [7, 8, eos]
+    assert done.prompt_token_ids == tokenizer.encode_prompt("x")
+
+
+@pytest.mark.parametrize("include", [False, True])
+@pytest.mark.parametrize("whole", [False, True], ids=["by character", "by token"])
+def test_a_stop_string_cuts_the_text_exactly(
+    tokenizer: HFTokenizer, spec: ModelSpec, include: bool, whole: bool
+) -> None:
+    text = "one two END three"
+    ids = tokenizer.encode(text, special=False)
+    if not whole:
+        ids = [i for c in text for i in tokenizer.encode(c, special=False)]
+    j = job(prompt="the END", max_tokens=100, stop=["END", "never"], include_stop_str_in_output=include)
+    choice = answer(j, tokenizer, spec, ids).choices[0]
+    assert choice.text == ("one two END" if include else "one two ")
+    assert (choice.finish_reason, choice.stop_reason) == ("stop", "END")
+
+
+@pytest.mark.parametrize("include", [False, True])
+@pytest.mark.parametrize("skip", [False, True])
+def test_a_stop_string_that_is_a_special_token_is_matched_by_id(
+    tokenizer: HFTokenizer, spec: ModelSpec, include: bool, skip: bool
+) -> None:
+    start = tokenizer.token_id("<|im_start|>")
+    assert start is not None
+    ids = [*tokenizer.encode("hello", special=False), start, 7, 7]
+    j = job(
+        prompt="x", stop=["<|im_start|>"], skip_special_tokens=skip, include_stop_str_in_output=include,
+        ignore_eos=True, return_token_ids=True,
+    )  # fmt: skip
+    choice = answer(j, tokenizer, spec, ids).choices[0]
+    assert choice.text == ("hello<|im_start|>" if include else "hello")
+    assert (choice.finish_reason, choice.stop_reason) == ("stop", "<|im_start|>")
+    assert choice.token_ids == ids[:-2]
+
+
+def test_a_stop_token_id_is_named_and_hidden(tokenizer: HFTokenizer, spec: ModelSpec) -> None:
+    ids = tokenizer.encode("hello", special=False)
+    fox = tokenizer.encode(" x", special=False)[-1]
+    for include, text in ((False, "hello"), (True, "hello" + tokenizer.piece(fox).decode())):
+        j = job(prompt="x", stop_token_ids=[fox], include_stop_str_in_output=include)
+        choice = answer(j, tokenizer, spec, [*ids, fox]).choices[0]
+        assert (choice.text, choice.stop_reason) == (text, fox)
+
+
+def test_no_stop_before_min_tokens(tokenizer: HFTokenizer, spec: ModelSpec) -> None:
+    ids = [i for c in "ab ab ab ab" for i in tokenizer.encode(c, special=False)]
+    assert len(ids) == 11
+    texts = {}
+    for least in (0, 1, 2, 5, 11):
+        j = job(prompt="x", max_tokens=20, min_tokens=least, stop=["ab"])
+        done = answer(j, tokenizer, spec, ids)
+        texts[least] = done.choices[0].text
+        assert done.usage.completion_tokens >= least
+    assert texts == {0: "", 1: "", 2: "ab ", 5: "ab ab ", 11: "ab ab ab ab"}
+
+
+def test_streamed_text_holds_back_what_may_be_a_stop_string(tokenizer: HFTokenizer, spec: ModelSpec) -> None:
+    prepared = prepare(job(prompt="x", stop=["\nUser:"], max_tokens=50), tokenizer, spec, CONTEXT)
+    monitor = prepared.requests[0].monitor
+    assert isinstance(monitor, TextMonitor)
+    deltas = []
+    for c in "hi\nUse it\nUser: no":
+        stopped = monitor.push(tokenizer.encode(c, special=False)[0])
+        deltas.append(monitor.delta())
+        if stopped:
+            break
+    assert deltas[:7] == ["h", "i", "", "", "", "", "\nUse "]
+    assert "".join(deltas) == "hi\nUse it" == monitor.text
+
+
+def test_chat_text_stands_alone_and_completion_text_continues(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(str(build.sentencepiece(tmp_path)))
+    assert isinstance(tokenizer, HFTokenizer)
+    spec = build.spec(tokenizer.vocab_size)
+    ids = tokenizer.encode("the fox", special=False)
+    assert answer(job(messages=say("hi")), tokenizer, spec, ids).choices[0].text == "the fox"
+    assert answer(job(prompt="the"), tokenizer, spec, ids).choices[0].text == " the fox"
+    for fields, text in (({"messages": say("hi")}, "the "), ({"prompt": "the"}, " the ")):
+        assert answer(job(**fields, stop=["fox"]), tokenizer, spec, ids).choices[0].text == text
+
+
+def test_logprobs_carry_token_texts(tokenizer: HFTokenizer, spec: ModelSpec) -> None:
+    j = job(prompt="ab", logprobs=1, prompt_logprobs=0)
+    prepared = prepare(j, tokenizer, spec, CONTEXT)
+    r = prepared.requests[0]
+    a, b = (tokenizer.encode(c, special=False)[0] for c in "ab")
+    generate(r, [a])
+    r.logprobs = [TokenLogprobs(a, -0.5, 1, ((a, -0.5), (b, -1.5)))]
+    r.prompt_logprobs = {i: TokenLogprobs(t, -2.0, 4) for i, t in enumerate(prepared.prompt) if i}
+    done = complete(j, prepared, tokenizer)
+    assert done.choices[0].logprobs is not None
+    assert [(t.token, t.logprob, t.rank) for t in done.choices[0].logprobs] == [("a", -0.5, 1)]
+    assert done.choices[0].logprobs[0].top == [(a, "a", -0.5), (b, "b", -1.5)]
+    assert done.prompt_logprobs is not None
+    assert done.prompt_logprobs[0] is None
+    assert len(done.prompt_logprobs) == len(prepared.prompt)
+
+
+def test_n_choices_count_the_prompt_once(tokenizer: HFTokenizer, spec: ModelSpec) -> None:
+    done = answer(job(prompt="hello", n=2), tokenizer, spec, [7, 8], [9])
+    assert [c.index for c in done.choices] == [0, 1]
+    assert done.usage.prompt_tokens == len(tokenizer.encode_prompt("hello"))
+    assert done.usage.completion_tokens == 3
+
+
+# -- scores ----------------------------------------------------------------------------------------
+
+
+def scored(j: Job, prepared: Prepared, tokenizer: HFTokenizer | None, ranks: list[int]) -> Completion:
+    r = prepared.requests[0]
+    start = r.sampling.score_from
+    assert start is not None
+    for k, rank in enumerate(ranks):
+        r.prompt_logprobs[start + k] = TokenLogprobs(prepared.prompt[start + k], -0.25, rank)
+    r.finish = FinishReason.STOP
+    return complete(j, prepared, tokenizer)
+
+
+def test_a_score_sums_the_continuation(tokenizer: HFTokenizer, spec: ModelSpec) -> None:
+    j = job(kind="score", prompt_token_ids=[1, 2], continuation_token_ids=[3, 4], logprobs=0)
+    prepared = prepare(j, tokenizer, spec, CONTEXT)
+    assert (prepared.prompt, prepared.requests[0].sampling.score_from) == ([1, 2, 3, 4], 2)
+    done = scored(j, prepared, tokenizer, [1, 1])
+    assert (done.choices[0].score, done.choices[0].is_greedy) == (-0.5, True)
+    assert len(done.choices[0].logprobs or []) == 2
+    assert done.usage.completion_tokens == 0
+    done = scored(j, prepared, None, [1, 2])
+    assert done.choices[0].is_greedy is False
+
+
+def test_a_scored_text_is_tokenised_as_one(tokenizer: HFTokenizer, spec: ModelSpec) -> None:
+    whole = tokenizer.encode_prompt("the quick brown fox")
+    for prompt, continuation in (("the quick ", "brown fox"), ("the quick", " brown fox")):
+        prepared = prepare(
+            job(kind="score", prompt=prompt, continuation=continuation), tokenizer, spec, CONTEXT
+        )
+        assert prepared.prompt == whole
+        assert prepared.requests[0].sampling.score_from == len(tokenizer.encode_prompt("the quick"))
+
+
+def test_a_score_after_nothing_starts_from_bos_or_eos(tmp_path: Path, tokenizer: HFTokenizer) -> None:
+    # A context of blanks only goes to the continuation.
+    j = job(kind="score", prompt=" ", continuation="the")
+    prepared = prepare(j, tokenizer, build.spec(tokenizer.vocab_size), CONTEXT)
+    assert prepared.prompt[0] == tokenizer.eos_token_ids[0]
+    assert prepared.requests[0].sampling.score_from == 1
+
+
+# -- jobs without an answer ------------------------------------------------------------------------
+
+
+def test_an_error_of_the_core_ends_the_job_with_its_reason(tokenizer: HFTokenizer, spec: ModelSpec) -> None:
+    j = job(prompt="x", n=2)
+    prepared = prepare(j, tokenizer, spec, CONTEXT)
+    generate(prepared.requests[0], [7])
+    prepared.requests[1].finish = FinishReason.ERROR
+    prepared.requests[1].error = ("non_finite_logits", "NaN")
+    done = complete(j, prepared, tokenizer)
+    assert done.status is Status.ERROR
+    assert done.error is not None
+    assert (done.error.code, done.error.message, done.choices) == ("non_finite_logits", "NaN", [])
+    prepared.requests[1].finish, prepared.requests[1].error = FinishReason.CANCELLED, None
+    assert complete(j, prepared, tokenizer).status is Status.CANCELLED
+
+
+def test_a_failure_keeps_what_the_job_brought(tokenizer: HFTokenizer) -> None:
+    j = job(prompt="x", meta={"a": 1}, reply_to="there")
+    done = failure(j, "expired", "too late", status=Status.EXPIRED, leased=3.0)
+    assert (done.status, done.meta, done.reply_to, done.timings.leased) == (
+        Status.EXPIRED, {"a": 1}, "there", 3.0,
+    )  # fmt: skip
+    assert Completion.parse(done.to_bytes()) == done
