@@ -85,30 +85,42 @@ class Monitor(Protocol):
     """Looks at each new token of a row; lives on the driver."""
 
     def push(self, token_id: int) -> bool:
-        """Take one new token; True ends the row with reason `stop`."""
+        """Take one new token; True ends the row with reason `stop`.
+
+        A stop token id that ends the row is not pushed: it is no text. An exception ends this row alone,
+        with reason `error`.
+        """
         ...
 
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """A sequence on its way through the scheduler, which owns everything below the line."""
+    """A sequence on its way through the scheduler, which owns everything below the line.
+
+    A stop token id that ended the row stays the last token of `output`, as in vLLM; whoever makes text of
+    it hides it.
+    """
 
     id: str
     prompt: list[int]
     sampling: Sampling
     monitor: Monitor | None = None
     salt: bytes = b""  # isolates the prefix cache (per tenant); empty shares it
-    on_token: Any = None  # optional callable(request, token_id), for streaming
+    priority: int = 0  # lower runs first
+    on_token: Any = None  # optional callable(request, token_id), for streaming; sees stop token ids too
     arrival: float = 0.0  # time.monotonic() at submit; set by the engine
 
     # -- owned by the scheduler ------------------------------------------------------------------
     output: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)  # one per output token
     prompt_logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)  # by prompt position
+    seq: int = -1  # order of arrival; together with the priority it decides who runs and who is preempted
     computed: int = 0  # tokens whose keys and values are in the cache (or will be, by plans sent)
+    pending: int = 0  # tokens that plans sent will sample and whose results are not known yet
     cached: int = 0  # prompt tokens that the prefix cache held at first admission
     row: int = -1  # the worker's permanent row while running, -1 otherwise
     blocks: list[int] = field(default_factory=list)
+    chain: Any = None  # engine.sched.prefix.Chain, where prefixes are cached
     preemptions: int = 0
     finish: FinishReason | None = None
     error: tuple[str, str] | None = None  # (code, message) where finish is ERROR
@@ -120,6 +132,8 @@ class Request:
         """Tokens known: prompt and output so far."""
         return len(self.prompt) + len(self.output)
 
-    def token(self, i: int) -> int:
-        n = len(self.prompt)
-        return self.prompt[i] if i < n else self.output[i - n]
+    @property
+    def limit(self) -> int:
+        """Tokens at which the row ends: prompt and max_tokens; a score row never gets there."""
+        extra = self.sampling.max_tokens if self.sampling.score_from is None else 1
+        return len(self.prompt) + extra

@@ -1,0 +1,1 @@
+"""What to compute next: the KV block pool, the prefix cache, the waiting queue and the step planner."""
