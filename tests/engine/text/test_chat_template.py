@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import text_builders as build
-from chat_templates import BYTE_LEVEL_STYLES, CONVERSATIONS, SENTENCEPIECE_STYLES
 
 from engine.chat import MAX_OUTPUT, MAX_SOURCE, ChatTemplate
 from engine.errors import InvalidRequest
 from engine.hf_tokenizer import HFTokenizer
 from engine.tokenizer import load_tokenizer
+from tests.engine.text import builders as build
+from tests.engine.text.templates import BYTE_LEVEL_STYLES, CONVERSATIONS, SENTENCEPIECE_STYLES
 
 STYLES = [(build.byte_level, name, text) for name, text in BYTE_LEVEL_STYLES.items()]
 STYLES += [(build.sentencepiece, name, text) for name, text in SENTENCEPIECE_STYLES.items()]

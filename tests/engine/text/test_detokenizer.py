@@ -6,7 +6,6 @@ import unicodedata
 from pathlib import Path
 
 import pytest
-import text_builders as build
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
@@ -15,6 +14,7 @@ from tokenizers import decoders, models
 from engine.detokenizer import Detokenizer, decode, incomplete_tail, token_text
 from engine.errors import ConfigError
 from engine.tokenizer import Tokenizer, load_tokenizer
+from tests.engine.text import builders as build
 
 KINDS = ("byte_level", "sentencepiece", "word_level", "qwen_tiktoken")
 RICH = "Größe 你好 😀🎉 naïve\n\n  two  spaces 👍🏽 e\u0301 end"

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import text_builders as build
 
 from engine.config import ModelSpec
 from engine.errors import InvalidRequest
@@ -16,6 +15,7 @@ from engine.request import FinishReason, Request, TokenLogprobs
 from engine.text import Prepared, complete, failure, prepare, seed_of
 from engine.tokenizer import load_tokenizer
 from headrace.messages import Completion, Job, Status
+from tests.engine.text import builders as build
 
 CONTEXT = 512
 

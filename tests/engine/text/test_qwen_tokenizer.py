@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import text_builders as build
 
 from engine.detokenizer import decode
 from engine.errors import ConfigError, InvalidRequest
 from engine.qwen_tokenizer import SPECIAL, QwenTokenizer
 from engine.tokenizer import load_tokenizer
+from tests.engine.text import builders as build
 
 
 def load(folder: Path) -> QwenTokenizer:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import text_builders as build
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,6 +14,7 @@ from engine.detokenizer import decode
 from engine.errors import ConfigError, InvalidRequest
 from engine.hf_tokenizer import HFTokenizer
 from engine.tokenizer import eos_token_ids, load_tokenizer
+from tests.engine.text import builders as build
 
 TEXTS = [
     "hello", " leading", "trailing ", "two  spaces", "naïve café 你好 😀", "e\u0301 decomposed", "\0 nul",

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from text_builders import CHATML, MISTRAL
+from tests.engine.text.builders import CHATML, MISTRAL
 
 QWEN3 = """{%- if tools %}
     {{- '<|im_start|>system\\n' }}
