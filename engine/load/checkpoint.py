@@ -136,7 +136,7 @@ def _tensor_files(folder: Path) -> dict[str, str]:
         try:
             weight_map = json.loads((folder / INDEX).read_text())["weight_map"]
             files = {str(name): str(file) for name, file in weight_map.items()}
-        except (ValueError, KeyError, AttributeError) as e:
+        except (ValueError, KeyError, TypeError, AttributeError) as e:
             raise CheckpointError(f"{folder / INDEX} is not a safetensors index: {e!r}") from e
         absent = sorted({file for file in files.values() if not (folder / file).is_file()})
         if absent:

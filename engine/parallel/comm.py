@@ -79,7 +79,7 @@ class Comm:
     def _gather(self, x: torch.Tensor) -> torch.Tensor:
         x = x.contiguous()
         out = torch.empty((self.world, *x.shape), dtype=x.dtype, device=x.device)
-        dist.all_gather_into_tensor(out.view(self.world * x.numel()), x.view(-1))
+        dist.all_gather(list(out.unbind(0)), x)
         return out
 
 

@@ -142,22 +142,19 @@ class Worker:
         self.attention.begin(batch.attn)
         x_TD = self.model.forward(batch.ids_T, batch.positions_T, batch.prompt_lens_T, self.attention)
         scores = self._score(batch, x_TD) if len(batch.score_rows) else []
-        ids: list[int] = []
-        logprobs: list[tuple[int, TokenLogprobs]] = []
-        bad_rows: list[tuple[int, str]] = []
+        out = None
         if batch.sample_rows:
             logits_SV = self._logits(x_TD, batch.sample_at_S)
             out = self.sampler.sample(logits_SV, batch.sample_rows, batch.sample_positions_S)
             self.rows.last_R[torch.tensor(batch.sample_rows, device=self.device)] = out.token_ids
-            ids, logprobs, bad_rows = out.token_ids.tolist(), out.logprobs, out.bad_rows
         if self.rank:
             return None
         return StepResult(
             plan.step,
-            list(zip(batch.sample_rows, ids, strict=True)),
-            logprobs,
+            list(zip(batch.sample_rows, out.token_ids.tolist(), strict=True)) if out else [],
+            out.logprobs if out else [],
             scores,
-            bad_rows,
+            out.bad_rows if out else [],
             time.perf_counter() - began,
             self.comm.traffic.all_reduces - reduces,
         )
@@ -189,7 +186,7 @@ class Worker:
             entries = self.sampler.logprobs_of(
                 self._logits(x_TD, batch.score_at_P[part]), ids_P, max(self._top_n(row) for row in rows[part])
             )
-            for (row, position), entry in zip(wanted, entries, strict=False):
+            for (row, position), entry in zip(wanted, entries, strict=True):
                 top = entry.top[: self._top_n(row)]
                 out.append((row, position, TokenLogprobs(entry.token_id, entry.logprob, entry.rank, top)))
         return out
