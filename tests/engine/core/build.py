@@ -7,6 +7,7 @@ budget, preemption or overlap did, the outputs must be these.
 from __future__ import annotations
 
 from itertools import count, cycle, islice
+from typing import Any
 
 from engine.config import EngineConfig
 from engine.engine import Engine
@@ -20,22 +21,24 @@ _ids = count()
 
 def echo_engine(
     *, blocks: int = 64, rows: int = 4, budget: int = 32, block_size: int = 4, depth: int = 0,
-    context: int = 512, caching: bool = True, **executor_args: object,
+    context: int = 512, caching: bool = True, **executor_args: Any,
 ) -> Engine:  # fmt: skip
     """A started engine; `blocks` without the null block."""
     config = EngineConfig(
         model="echo", num_kv_blocks=blocks + 1, max_num_seqs=rows, max_num_batched_tokens=budget,
         block_size=block_size, overlap_depth=depth, max_model_len=context, enable_prefix_caching=caching,
     )  # fmt: skip
-    engine = Engine(config, echo_spec(VOCAB, 4096), EchoExecutor(config, **executor_args))  # type: ignore[arg-type]
+    engine = Engine(config, echo_spec(VOCAB, 4096), EchoExecutor(config, **executor_args))
     engine.start()
     return engine
 
 
-def request(prompt: list[int], *, max_tokens: int = 16, **fields: object) -> Request:
-    own = {k: fields.pop(k) for k in ("id", "salt", "priority", "monitor", "on_token") if k in fields}
-    sampling = Sampling(max_tokens=max_tokens, **fields)  # type: ignore[arg-type]
-    return Request(str(own.pop("id", f"r{next(_ids)}")), prompt, sampling, **own)  # type: ignore[arg-type]
+def request(prompt: list[int], *, max_tokens: int = 16, **fields: Any) -> Request:
+    own: dict[str, Any] = {
+        k: fields.pop(k) for k in ("id", "salt", "priority", "monitor", "on_token") if k in fields
+    }
+    sampling = Sampling(max_tokens=max_tokens, **fields)
+    return Request(own.pop("id", f"r{next(_ids)}"), prompt, sampling, **own)
 
 
 def prompt(length: int, first: int = 0) -> list[int]:

@@ -8,6 +8,7 @@ early, pools too small for the demand, tokens lost or doubled by preemption.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -43,7 +44,7 @@ def loads(draw: st.DrawFn) -> Load:
         kind = draw(
             st.sampled_from(["plain", "plain", "plain", "stop", "score", "prompt_logprobs", "logprobs"])
         )
-        fields: dict[str, object] = {}
+        fields: dict[str, Any] = {}
         if kind == "stop":
             fields = {"stop_token_ids": (STOP, draw(token)), "min_tokens": draw(st.integers(0, 6))}
         elif kind == "score" and len(prompt) > 1:
@@ -52,16 +53,9 @@ def loads(draw: st.DrawFn) -> Load:
             fields = {"prompt_logprobs": 0}
         elif kind == "logprobs":
             fields = {"logprobs": 0}
-        requests.append(
-            request(
-                prompt,
-                id=f"r{i}",
-                max_tokens=draw(st.integers(1, 20)),
-                priority=draw(st.sampled_from([0, 0, 0, 1])),
-                salt=draw(st.sampled_from([b"", b"", b"a"])),
-                **fields,
-            )  # fmt: skip
-        )
+        fields |= {"max_tokens": draw(st.integers(1, 20)), "priority": draw(st.sampled_from([0, 0, 0, 1]))}
+        salt = draw(st.sampled_from([b"", b"", b"a"]))
+        requests.append(request(prompt, id=f"r{i}", salt=salt, **fields))
     largest = max(-(-(r.limit - 1) // block_size) for r in requests)
     return Load(
         blocks=largest + draw(st.integers(0, 2 * largest)),
