@@ -1,0 +1,1 @@
+"""The sampler against plain full-vocabulary references, alone, among neighbours and over ranks."""
