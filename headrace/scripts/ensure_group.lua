@@ -1,0 +1,10 @@
+-- Make sure that a sink's group stands on a result stream, from its first entry.
+-- KEYS: 1 result stream
+-- ARGV: 1 group
+-- Returns 1 where it was created, 0 where it stood.
+local reply = redis.pcall('XGROUP', 'CREATE', KEYS[1], ARGV[1], '0', 'MKSTREAM')
+if reply.err then
+  if string.find(reply.err, 'BUSYGROUP', 1, true) then return 0 end
+  return reply
+end
+return 1
