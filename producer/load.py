@@ -12,14 +12,18 @@ import threading
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from itertools import islice
+from typing import TypeVar
 
+from headrace.errors import StoreFull, StoreUnavailable
 from headrace.ledger import Ledger
-
 from headrace.messages import Completion, Job
-from headrace.store import Store
+from headrace.patience import Patience
+from headrace.store import Store, Work
 from producer.admitted import AdmittedRows
 from producer.lines import Line, is_text, open_input, read_lines
 from producer.rows import RowParser
+
+T = TypeVar("T")
 
 #: Rows in one round trip.
 BATCH = 200
@@ -55,6 +59,7 @@ class Loader:
     admitted: AdmittedRows
     written: Callable[[Collection[str]], Collection[str]] = lambda ids: ()
     bound: int = BOUND
+    patience_s: float = 60.0  # how long the server may be away
     stop: threading.Event = field(default_factory=threading.Event)
     unfinished: threading.Event = field(default_factory=threading.Event)
     """Set as soon as the lane holds a job of this load that an engine must run."""
@@ -67,7 +72,7 @@ class Loader:
             while not self.stop.is_set() and (batch := list(islice(lines, BATCH))):
                 self._load(batch)
         if not self.stop.is_set():
-            self.store.run(self.ledger.set_total(self.parser.run, len(self.admitted)))
+            self._send(lambda: self.ledger.set_total(self.parser.run, len(self.admitted)))
             self.loaded.complete = True
         return self.loaded
 
@@ -85,24 +90,40 @@ class Loader:
 
     def _reject(self, completions: list[Completion]) -> None:
         if completions:
-            self.store.run(self.ledger.reject(completions))
+            self._send(lambda: self.ledger.reject(completions))
             self.loaded.rejected += len(completions)
 
     def _submit(self, jobs: list[Job]) -> None:
         """Offer the jobs until the lane has taken them all."""
         while jobs and not self.stop.is_set():
-            states = self.store.run(self.ledger.submit(jobs, self.bound))
-            refused = [job for job, state in zip(jobs, states, strict=True) if state == "full"]
-            new = states.count("new")
-            self.loaded.queued += new
-            self.loaded.known += len(jobs) - len(refused) - new
-            if new or "queued" in states:
-                self.unfinished.set()
-            self.loaded.full = bool(refused)
-            jobs = refused
+            jobs = self._offer(jobs)
+            self.loaded.full = bool(jobs)
             if jobs:
                 self.unfinished.set()
                 self.stop.wait(FULL_WAIT_S * random.uniform(0.5, 1))
+
+    def _offer(self, jobs: list[Job]) -> list[Job]:
+        """One round; returns the jobs that the lane had no room for."""
+        states = self._send(lambda: self.ledger.submit(jobs, self.bound))
+        if states is None:
+            return jobs
+        refused = [job for job, state in zip(jobs, states, strict=True) if state == "full"]
+        new = states.count("new")
+        self.loaded.queued += new
+        self.loaded.known += len(jobs) - len(refused) - new
+        if new or "queued" in states:
+            self.unfinished.set()
+        return refused
+
+    def _send(self, call: Callable[[], Work[T]]) -> T | None:
+        """Run a call, also through an outage. None where `stop` came before an answer."""
+        patience = Patience(self.patience_s)
+        while not self.stop.is_set():
+            try:
+                return self.store.run(call())
+            except (StoreUnavailable, StoreFull) as e:
+                patience.wait(e, self.stop)
+        return None
 
 
 def parser_for(path: str, run: str, lane: str, reply_to: str | None) -> RowParser:

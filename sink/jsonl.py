@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import sqlite3
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,11 @@ class JsonlTarget:
         for completion in staged.values():
             self.tally.add(completion)
         self._note(list(staged))
+
+    def written(self, ids: Collection[str]) -> set[str]:
+        """Those of some job ids that are in the output. May be called from any thread."""
+        keys = {IdIndex.key(i): i for i in ids}
+        return {keys[k] for k in self._require_index().get_many(keys)}
 
     def close(self) -> None:
         for f in self._files:

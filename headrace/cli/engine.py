@@ -1,0 +1,40 @@
+"""`headrace engine`: a long-lived engine that serves one lane until it is told to stop."""
+
+from __future__ import annotations
+
+import argparse
+
+from headrace.cli.common import add_engine_flags, add_queue_flags, engine_config, given_engine_flags, settings
+
+_EPILOG = """SIGTERM stops intake, finishes what runs within the drain time and hands the rest back; a second
+SIGTERM hands everything back at once. Several engines may serve one lane.
+
+examples:
+  headrace engine --model ./my-model --redis redis://queue:6379 --lane chat
+  headrace engine --model ./my-model --redis unix:///run/valkey.sock --tensor-parallel-size 4"""
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "engine",
+        help="serve a lane with a model, until SIGTERM",
+        description="Take jobs from a lane, run them through a model, publish the completions.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--model", required=True, metavar="DIR", help="folder with the model's files")
+    add_queue_flags(parser)
+    add_engine_flags(parser)
+    parser.set_defaults(command=command)
+
+
+def command(args: argparse.Namespace) -> int:
+    from headrace.cli.child import die_with_parent
+
+    die_with_parent()
+    import logging
+
+    from engine.service import serve
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    return serve(engine_config(args.model, given_engine_flags(args)), settings(args))
