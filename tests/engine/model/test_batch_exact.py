@@ -86,3 +86,14 @@ def test_one_token_steps_equal_one_step(worker: drive.Probe) -> None:
         logits = worker.probe(driver.plan({0: 1}))[0]
         difference = (logits - expected[position]).abs().max().item()
         assert difference == 0, f"position {position} differs by {difference}"
+
+
+@pytest.mark.parametrize("block_size", [2, 8, 24])
+def test_block_size_changes_no_bit(folder: Path, block_size: int) -> None:
+    expected = alone(drive.worker(folder, num_blocks=1024), PROMPT)
+    worker = drive.worker(folder, num_blocks=1024, block_size=block_size)
+    assert torch.equal(alone(worker, PROMPT), expected)
+    driver = drive.Driver(worker, 1024)
+    driver.enter(0, PROMPT)
+    for position in range(len(PROMPT)):
+        assert torch.equal(worker.probe(driver.plan({0: 1}))[0], expected[position]), f"position {position}"

@@ -82,11 +82,12 @@ def test_qwen1_rows_of_different_length_share_a_batch(tmp_path: Path) -> None:
         driver.enter(row, prompt)
     driver.run({0: 28, 1: 10, 2: 64})
     driver.run({0: 1, 1: 30, 2: 6})
-    for _ in range(4):
+    for _ in range(6):
         driver.run({0: 1, 1: 1, 2: 1})
-    preempted = driver.leave(1)
-    driver.enter(1, preempted, prompt_len=40)
-    driver.run({0: 1, 1: len(preempted), 2: 1})
+    preempted = driver.leave(0)
+    assert len(preempted) > qwen1.CONFIG["seq_length"] >= 28
+    driver.enter(0, preempted, prompt_len=28)
+    driver.run({0: len(preempted), 1: 1, 2: 1})
     for _ in range(5):
         driver.run({0: 1, 1: 1, 2: 1})
     for row, prompt in prompts.items():
