@@ -79,6 +79,11 @@ class Engine:
         """Whether `step` has something to do: requests, or results still on their way."""
         return bool(self._live or self._ended or self.scheduler.flights)
 
+    @property
+    def has_unfinished(self) -> bool:
+        """Whether a request waits or runs; from any thread, also before `start`."""
+        return bool(self._live)
+
     def step(self) -> list[Request]:
         """Send what can be sent, wait for one result, return the requests that ended.
 

@@ -115,7 +115,7 @@ class Request:
     logprobs: list[TokenLogprobs] = field(default_factory=list)  # one per output token
     prompt_logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)  # by prompt position
     seq: int = -1  # order of arrival; together with the priority it decides who runs and who is preempted
-    computed: int = 0  # tokens whose keys and values are in the cache (or will be, by plans sent)
+    computed: int = 0  # tokens whose keys and values are in its blocks (or will be, by plans sent)
     pending: int = 0  # tokens that plans sent will sample and whose results are not known yet
     cached: int = 0  # prompt tokens that the prefix cache held at first admission
     row: int = -1  # the worker's permanent row while running, -1 otherwise

@@ -72,7 +72,7 @@ class EchoExecutor:
         self.die_at_step = die_at_step
         self.poison = poison
         self.computed_tokens = 0
-        self.largest_step = 0
+        self.most_under_way = 0
         self._stays = 0
         self._rows: list[_Row | None] = [None] * config.max_num_seqs
         self._slots: list[list[int | None]] = []
@@ -103,8 +103,8 @@ class EchoExecutor:
         for step in plan.steps:
             self._compute(step, result, writes)
         self.computed_tokens += plan.tokens
-        self.largest_step = max(self.largest_step, plan.tokens)
         self._results.append((result, writes))
+        self.most_under_way = max(self.most_under_way, len(self._results))
 
     def result(self) -> StepResult:
         return self._results.popleft()[0]
@@ -125,10 +125,9 @@ class EchoExecutor:
     def _enter(self, new: NewRow) -> None:
         if self._rows[new.row] is not None:
             raise EngineError(f"row {new.row} is given away and still in use")
-        row = _Row(
-            list(new.tokens), new.prompt_len, new.sampling, new.computed, list(new.blocks), self._stays
-        )
         self._stays += 1
+        # The plan's lists are this side's own: were they the scheduler's, both would lengthen them.
+        row = _Row(new.tokens, new.prompt_len, new.sampling, new.computed, new.blocks, self._stays)
         for token in row.tokens:
             row.marks.append(_mark(row.marks[-1] if row.marks else 0, token))
         self._rows[new.row] = row

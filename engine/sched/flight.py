@@ -19,7 +19,7 @@ class Flight:
 
     plan: StepPlan
     rows: list[Request | None]  # who each of plan.steps is for; None once it has left its row
-    computing: list[bytes]  # prefix blocks that this plan computes, wholly or in part
+    computing: list[bytes]  # prefix blocks that this plan completes
     leaving: list[list[int]] = field(default_factory=list)  # block lists to release with the result
 
 
@@ -34,7 +34,7 @@ def land(flight: Flight, result: StepResult, now: float) -> tuple[list[Request],
         raise EngineError(f"the ranks answered step {result.step} where step {plan.step} was due")
     bad = dict(result.bad_rows)
     if result.logprobs or result.prompt_logprobs:
-        _attach_logprobs(flight, result, bad)
+        _attach_logprobs(flight, result)
     tokens = dict(result.sampled)
     accepted = 0
     ended = []
@@ -89,12 +89,9 @@ def _tell(req: Request, token: int) -> None:
         fail(req, "monitor_failed", f"the watcher of this row raised {type(error).__name__}: {error}")
 
 
-def _attach_logprobs(flight: Flight, result: StepResult, bad: dict[int, str]) -> None:
-    present = {
-        step.row: req
-        for step, req in zip(flight.plan.steps, flight.rows, strict=True)
-        if req is not None and step.row not in bad
-    }
+def _attach_logprobs(flight: Flight, result: StepResult) -> None:
+    rows = zip(flight.plan.steps, flight.rows, strict=True)
+    present = {step.row: req for step, req in rows if req is not None}
     for row, entry in result.logprobs:
         if row in present:
             present[row].logprobs.append(entry)

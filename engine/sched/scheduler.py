@@ -77,9 +77,8 @@ class Scheduler:
     def schedule(self) -> StepPlan | None:
         """The next plan, or None when nothing can be computed before another result arrives."""
         draft = Flight(StepPlan(self._next_step, [], [], self._left), [], [])
-        budget, full = self._serve_running(draft)
-        if budget and not full:
-            self._admit(draft, budget)
+        budget = self._serve_running(draft)
+        self._admit(draft, budget)
         if not draft.rows:
             return None
         self._next_step += 1
@@ -124,7 +123,6 @@ class Scheduler:
         out = [*self.running, *self.waiting]
         for req in self.running:
             self._vacate(req)
-            req.computed = req.pending = 0
             req.preemptions += 1
         for req in out:
             req.chain = None
@@ -145,11 +143,11 @@ class Scheduler:
 
     # -- the policy ------------------------------------------------------------------------------
 
-    def _serve_running(self, draft: Flight) -> tuple[int, bool]:
-        """Serve running rows in order. Returns (budget left, whether the cache was too full for them)."""
+    def _serve_running(self, draft: Flight) -> int:
+        """Serve running rows in order; returns the budget left."""
         budget, size = self.budget, self.block_size
         steps, rows = draft.plan.steps, draft.rows
-        before, decoded, short = len(self.running), 0, False
+        decoded = 0
         # Rows may be preempted from the list's end meanwhile; a list's iterator allows just that.
         for req in self.running:
             start = req.computed
@@ -166,8 +164,7 @@ class Scheduler:
             end = start + count
             if end <= len(req.blocks) * size:
                 added = _NO_BLOCKS
-            elif short or not self._make_room(req):
-                short = True  # what comes free next is for this row, not for a newer one
+            elif not self._make_room(req):
                 continue
             else:
                 # Only decoding rows grow: admission gives a row blocks for all tokens that it brings.
@@ -185,7 +182,7 @@ class Scheduler:
             req.pending += sample
             budget -= count
         self.stats.decode_tokens += decoded
-        return budget, short or len(self.running) < before
+        return budget
 
     def _make_room(self, req: Request) -> bool:
         """One block for `req`: preempt newer rows until there is one. False when `req` has to go without,
@@ -204,7 +201,6 @@ class Scheduler:
         what the prefix cache still holds by then."""
         self.running.pop()
         self._vacate(req)
-        req.computed = req.pending = 0
         req.preemptions += 1
         self.stats.preemptions += 1
         self.waiting.resume(req)
@@ -225,6 +221,7 @@ class Scheduler:
         heapq.heappush(self._free_rows, req.row)
         req.row = -1
         req.blocks = []
+        req.computed = req.pending = 0
 
     def _admit(self, draft: Flight, budget: int) -> None:
         """Give rows to waiting requests, in order; one that waits for a prefix lets others pass."""

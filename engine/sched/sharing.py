@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable
 
 from engine.errors import EngineError
 from engine.request import FinishReason, Request
-from engine.sched.admission import blocks_for
 from engine.sched.blocks import BlockPool
 from engine.sched.flight import Flight
 from engine.sched.prefix import PrefixCache
@@ -62,10 +61,10 @@ class Sharing:
 
     def computing(self, flight: Flight, req: Request, start: int, end: int) -> None:
         """A plan in the making computes the row's known positions [start, end): others may wait for the
-        prefix blocks that it completes or begins."""
+        prefix blocks that it completes."""
         if self.enabled:
-            full = min(blocks_for(end, self.block_size), req.tokens // self.block_size)
-            digests = [req.chain.digest(i) for i in range(start // self.block_size, full)]
+            blocks = range(start // self.block_size, end // self.block_size)
+            digests = [req.chain.digest(i) for i in blocks]
             flight.computing += digests
             self._computing.update(digests)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 
 import pytest
@@ -178,6 +179,14 @@ def test_requests_may_be_added_and_cancelled_from_other_threads() -> None:
             assert req.id in cancelled
 
 
+@pytest.mark.parametrize("depth", [0, 1, 2])
+def test_as_many_plans_are_under_way_as_the_executor_allows(depth: int) -> None:
+    engine = echo_engine(depth=depth)
+    run(engine, [request(prompt(5), max_tokens=9)])
+    assert isinstance(engine.executor, EchoExecutor)
+    assert engine.executor.most_under_way == depth + 1
+
+
 @BOTH
 def test_abort_ends_everything_at_once(depth: int) -> None:
     engine = echo_engine(rows=2, depth=depth)
@@ -268,6 +277,17 @@ def test_requests_that_ended_before_the_death_are_not_lost() -> None:
     assert engine.drain() == [cancelled, long]
 
 
+def test_what_a_dead_engine_still_holds_can_be_aborted() -> None:
+    engine = echo_engine(die_at_step=0)
+    cancelled, running = request([1], id="gone"), request([2])
+    engine.add(cancelled)
+    engine.add(running)
+    engine.cancel("gone")
+    with pytest.raises(WorkerDied):
+        engine.step()
+    assert engine.abort_all() == [cancelled, running]
+
+
 def test_ranks_that_fail_to_start_again_lose_nothing() -> None:
     class Broken(EchoExecutor):
         def start(self):
@@ -286,19 +306,19 @@ def test_ranks_that_fail_to_start_again_lose_nothing() -> None:
 
 
 def test_a_request_that_no_longer_fits_after_a_restart_ends_with_an_error() -> None:
-    import dataclasses
-
     engine = echo_engine(blocks=16, die_at_step=1)
-    large, small = request(prompt(30), max_tokens=9), request(prompt(5), max_tokens=9)
+    large, small, late = (request(prompt(n), max_tokens=9) for n in (30, 5, 30))
     engine.add(large)
     engine.add(small)
     with pytest.raises(WorkerDied):
         engine.drain()
+    engine.add(late)
     engine.restart(EchoExecutor(dataclasses.replace(engine.config, num_kv_blocks=5)))
-    assert engine.drain() == [large, small]
-    assert large.finish is FinishReason.ERROR
-    assert large.error is not None
-    assert large.error[0] == "does_not_fit_cache"
+    assert engine.drain() == [large, late, small]
+    for req in (large, late):
+        assert req.finish is FinishReason.ERROR
+        assert req.error is not None
+        assert req.error[0] == "does_not_fit_cache"
     assert (small.output, small.finish) == expected(small)
 
 

@@ -82,6 +82,15 @@ def test_a_prefix_lost_from_a_small_pool_is_computed_again() -> None:
     assert again.output == expected(again)[0]
 
 
+def test_a_resumed_row_still_reports_what_was_cached_when_it_first_ran() -> None:
+    """Hits on its own blocks after a preemption are no saving of its user."""
+    engine = echo_engine(blocks=8, rows=2)
+    old, new = request(prompt(8, 1), max_tokens=17), request(prompt(8, 2), max_tokens=17)
+    run(engine, [old, new])
+    assert new.preemptions == 1
+    assert (new.cached, engine.stats.prefix_hit_tokens, engine.stats.prefix_query_tokens) == (0, 0, 16)
+
+
 def test_a_cleared_cache_answers_nothing() -> None:
     engine = echo_engine()
     run(engine, [request(prompt(9))])

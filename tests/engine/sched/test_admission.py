@@ -16,7 +16,7 @@ ROOMY = Limits(vocab_size=100, context=8192, block_size=16, kv_blocks=512)
     ("prompt", "sampling", "code", "text"),
     [
         ([], Sampling(), "empty_prompt", "the prompt has no tokens: send at least one"),
-        ([1, 100], Sampling(), "token_out_of_range", "token id 100 .* vocabulary of 100: send ids from 0 to 99"),
+        ([1, 100], Sampling(), "token_out_of_range", "token id 100 .* of 100: send ids from 0 to 99"),
         ([1, -1], Sampling(), "token_out_of_range", "token id -1 "),
         ([1] * 8192, Sampling(max_tokens=1), "prompt_too_long",
          "prompt of 8192 tokens leaves no room for output in the model's context of 8192"),
@@ -27,7 +27,7 @@ ROOMY = Limits(vocab_size=100, context=8192, block_size=16, kv_blocks=512)
         ([1] * 1000, Sampling(max_tokens=602), "does_not_fit_cache",
          "1601 tokens need 101 KV blocks of 16 tokens and the cache has 100: shorten the prompt"),
         ([1] * 8193, Sampling(score_from=1), "prompt_too_long", "8193 tokens to score exceed .* 8192"),
-        ([1] * 4, Sampling(score_from=0), "score_from_out_of_range", "score_from 0 with 4 tokens: .* from 1 to 3"),
+        ([1] * 4, Sampling(score_from=0), "score_from_out_of_range", "score_from 0 with 4 .* 1 to 3"),
         ([1] * 4, Sampling(score_from=4), "score_from_out_of_range", "score_from 4 with 4 tokens"),
         ([1], Sampling(score_from=1), "score_from_out_of_range", "with 1 tokens"),
         ([1] * 1601, Sampling(score_from=1), "does_not_fit_cache", "1601 tokens need 101 KV blocks"),

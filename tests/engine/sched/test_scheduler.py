@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from engine.errors import EngineError
 from engine.exec.wire import StepPlan, StepResult
 from engine.request import FinishReason, Request
 from engine.sched.admission import Limits
@@ -185,6 +186,21 @@ def test_a_failed_row_publishes_nothing() -> None:
     assert first.error == ("non_finite_logits", "the model's logits were not finite: nan")
     assert step(sched) == [(0, 0, 9)]
     assert second.finish is FinishReason.LENGTH
+
+
+def test_results_come_in_the_order_of_their_plans() -> None:
+    sched = scheduler(request(prompt(3)))
+    first, second = plan_of(sched), plan_of(sched)
+    with pytest.raises(EngineError, match="step 1 is not the oldest on its way: 0 is"):
+        answer(sched, second)
+    sched = scheduler(request(prompt(3)))
+    first = plan_of(sched)
+    with pytest.raises(EngineError, match="answered step 7 where step 0 was due"):
+        sched.update(first, StepResult(7, [(0, 1)]))
+    sched = scheduler(request(prompt(3)))
+    first = plan_of(sched)
+    with pytest.raises(EngineError, match="step 0: the ranks drew no token for row 0"):
+        sched.update(first, StepResult(0, []))
 
 
 # -- overlap ---------------------------------------------------------------------------------------
