@@ -33,13 +33,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.nn.Modu
 
 
 def engine_on(folder: Path, **settings: Any) -> Engine:
-    settings = {
-        "num_kv_blocks": 200,
-        "max_num_batched_tokens": 64,
-        "num_threads": 1,
-        "dtype": "float32",
-    } | settings
-    config = EngineConfig(model=str(folder), device="cpu", **settings)
+    defaults = {"num_kv_blocks": 200, "max_num_batched_tokens": 64, "num_threads": 1}
+    fields: dict[str, Any] = defaults | settings
+    config = EngineConfig(model=str(folder), device="cpu", dtype="float32", **fields)
     spec = read_spec(str(folder))
     engine = Engine(config, spec, InprocExecutor(config, spec))
     engine.start()
@@ -102,10 +98,10 @@ def test_greedy_ids_are_transformers_own_under_any_load(
         ids = torch.tensor([request.prompt])
         wanted = reference.generate(  # type: ignore[operator]
             ids,
+            attention_mask=torch.ones_like(ids),
             max_new_tokens=TOKENS,
             do_sample=False,
             eos_token_id=None,
-            attention_mask=torch.ones_like(ids),
         )
         assert output == wanted[0, len(request.prompt) :].tolist(), request.id
     if "num_kv_blocks" in settings:
