@@ -101,7 +101,7 @@ def mark(messages: list[Turn], special: re.Pattern[str] | None) -> list[Turn] | 
     if special is None or not any(special.search(v) for m in messages for k, v in m.items() if k != "role"):
         return None
     return [
-        {k: v if k == "role" else special.sub(rf"{_OPEN}\g<0>{_CLOSE}", _unmarked(v)) for k, v in m.items()}
+        {k: v if k == "role" else special.sub(rf"{_OPEN}\g<0>{_CLOSE}", v) for k, v in m.items()}
         for m in messages
     ]
 
@@ -109,8 +109,8 @@ def mark(messages: list[Turn], special: re.Pattern[str] | None) -> list[Turn] | 
 def split_marked(rendered: str) -> Iterator[tuple[str, bool]]:
     """Pieces of a rendered prompt in order: (text, False) as it is, (name, True) to be spelled as plain text.
 
-    A mark that lost its partner (the template split the text there) still parts the text around it,
-    so that the two sides cannot grow together to a special token.
+    A mark that lost its partner (the template split the text there, or a user wrote one) still parts the
+    text around it, so that the two sides cannot grow together to a special token.
     """
     at = 0
     for m in _MARKS.finditer(rendered):
@@ -127,10 +127,6 @@ def special_pattern(names: Iterable[str]) -> re.Pattern[str] | None:
     """Finds any special token's name, longest first."""
     ordered = sorted((n for n in names if n), key=len, reverse=True)
     return re.compile("|".join(map(re.escape, ordered))) if ordered else None
-
-
-def _unmarked(text: str) -> str:
-    return text.replace(_OPEN, "").replace(_CLOSE, "")
 
 
 def _failed(why: str) -> InvalidRequest:

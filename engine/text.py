@@ -92,7 +92,7 @@ def complete(
     done.usage = Usage(
         prompt_tokens=len(prepared.prompt),
         cached_tokens=min(r.cached for r in requests),
-        completion_tokens=0 if score else sum(len(r.output) for r in requests),
+        completion_tokens=sum(len(r.output) for r in requests),
     )
     if failed := next((r for r in requests if r.finish is FinishReason.ERROR), None):
         code, message = failed.error or ("engine_error", "the engine gave no reason")

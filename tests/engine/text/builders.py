@@ -54,8 +54,15 @@ def spec(vocab_size: int, **changes: Any) -> ModelSpec:
     return ModelSpec(**(values | changes))
 
 
-def byte_level(folder: Path, template: str | None = CHATML, *, nfc: bool = True, **config: Any) -> Path:
-    """About 600 tokens, all 256 bytes among them; `<think>` is an added token that is not special."""
+def byte_level(
+    folder: Path,
+    template: str | None = CHATML,
+    *,
+    nfc: bool = True,
+    corpus: list[str] = CORPUS,
+    **config: Any,
+) -> Path:
+    """About 450 tokens, all 256 bytes among them; `<think>` and two more are added but not special."""
     t = Tokenizer(models.BPE())
     if nfc:
         t.normalizer = normalizers.NFC()
@@ -67,10 +74,10 @@ def byte_level(folder: Path, template: str | None = CHATML, *, nfc: bool = True,
     t.post_processor = processors.ByteLevel(trim_offsets=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     t.train_from_iterator(
-        CORPUS, trainers.BpeTrainer(vocab_size=600, initial_alphabet=alphabet, show_progress=False)
+        corpus, trainers.BpeTrainer(vocab_size=600, initial_alphabet=alphabet, show_progress=False)
     )
     t.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
-    t.add_tokens(["<think>", "</think>"])
+    t.add_tokens(["<think>", "</think>", "<a tool>", "é–"])
     return write(folder, t, template, eos_token="<|im_end|>", pad_token="<|endoftext|>", **config)
 
 

@@ -101,7 +101,19 @@ TRAINING = (
     "{{ '\n' if not loop.last }}{% endfor %}{{ loop is defined }}{{ messages | map(attribute='role') | join(',') }}"
 )
 
-BYTE_LEVEL_STYLES = {"chatml": CHATML, "qwen3": QWEN3, "llama3": LLAMA3, "training": TRAINING}
+#: Blocks on lines of their own: their newlines and indents must not show.
+LINES = """{% if messages[0].role == 'system' %}
+<|im_start|>{{ messages[0].content }}
+{% endif %}
+{% for m in messages %}
+    {% if m.role != 'system' %}
+{{ m.role }}: {{ m.content }}<|im_end|>
+    {% endif %}
+{% endfor %}
+assistant:
+"""
+
+BYTE_LEVEL_STYLES = {"chatml": CHATML, "qwen3": QWEN3, "llama3": LLAMA3, "training": TRAINING, "lines": LINES}
 SENTENCEPIECE_STYLES = {"mistral": MISTRAL}
 
 CONVERSATIONS = {

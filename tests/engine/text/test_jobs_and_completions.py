@@ -154,6 +154,13 @@ def test_what_the_model_cannot_run_is_refused_with_a_stable_code(
     assert len(str(e.value)) < 300
 
 
+def test_the_vocabulary_ends_where_the_model_says(tokenizer: HFTokenizer, spec: ModelSpec) -> None:
+    last = spec.vocab_size - 1
+    assert prepare(job(prompt_token_ids=[last]), tokenizer, spec, CONTEXT).prompt == [last]
+    with pytest.raises(InvalidRequest, match=f"{last + 1} in the prompt .* from 0 to {last}"):
+        prepare(job(prompt_token_ids=[0, last + 1]), tokenizer, spec, CONTEXT)
+
+
 def test_the_words_of_a_refusal(tokenizer: HFTokenizer, spec: ModelSpec) -> None:
     with pytest.raises(InvalidRequest) as e:
         prepare(job(prompt_token_ids=[1] * 120, max_tokens=9000), tokenizer, spec, 8192)
@@ -315,7 +322,7 @@ def test_logprobs_carry_token_texts(tokenizer: HFTokenizer, spec: ModelSpec) -> 
     assert done.choices[0].logprobs[0].top == [(a, "a", -0.5), (b, "b", -1.5)]
     assert done.prompt_logprobs is not None
     assert done.prompt_logprobs[0] is None
-    assert len(done.prompt_logprobs) == len(prepared.prompt)
+    assert [t.token for t in done.prompt_logprobs[1:] if t] == ["b"]
 
 
 def test_n_choices_count_the_prompt_once(tokenizer: HFTokenizer, spec: ModelSpec) -> None:
@@ -358,6 +365,16 @@ def test_a_scored_text_is_tokenised_as_one(tokenizer: HFTokenizer, spec: ModelSp
         )
         assert prepared.prompt == whole
         assert prepared.requests[0].sampling.score_from == len(tokenizer.encode_prompt("the quick"))
+
+
+def test_a_continuation_that_melts_into_the_context_keeps_its_tokens(
+    tokenizer: HFTokenizer, spec: ModelSpec
+) -> None:
+    context, target = (tokenizer.encode(t, special=False) for t in ("use", "r"))
+    assert len(tokenizer.encode("user", special=False)) <= len(context), "fewer tokens, not more"
+    prepared = prepare(job(kind="score", prompt="use", continuation="r"), tokenizer, spec, CONTEXT)
+    assert prepared.prompt == context + target
+    assert prepared.requests[0].sampling.score_from == len(context)
 
 
 def test_a_score_after_nothing_starts_from_bos_or_eos(tmp_path: Path, tokenizer: HFTokenizer) -> None:

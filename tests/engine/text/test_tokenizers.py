@@ -186,6 +186,13 @@ def test_the_lower_bound_on_tokens_is_never_too_high(
         assert tokenizer._fewest_tokens(text * n) <= len(tokenizer.encode(text * n, special=True))
 
 
+def test_the_lower_bound_holds_for_text_that_normalisation_shortens(tmp_path: Path) -> None:
+    # Three code points become one character of two bytes, and one token holds many of these.
+    tokenizer = load(build.byte_level(tmp_path, corpus=["\u0390" * 64] * 2))
+    text = "\u03b9\u0308\u0301" * 64
+    assert tokenizer._fewest_tokens(text) <= len(tokenizer.encode(text, special=True)) <= 2
+
+
 def test_lone_surrogates_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidRequest) as e:
         load(build.byte_level(tmp_path)).encode_prompt("a\ud800b")
