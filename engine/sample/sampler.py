@@ -116,8 +116,6 @@ class Sampler:
         if len(group):
             at_R = torch.from_numpy(group).to(self.device)
             values_RV = padded(logits_SV[at_R])
-            # A row that is not finite is reported; zeros keep it from meaning anything further on.
-            values_RV[~greatest_S[at_R].isfinite()] = 0
             group_rows = [rows[i] for i in group]
             self._edit(values_RV, group_rows, needs_S[group])
             found = self._choose(values_RV, group_rows, needs_S[group], positions[at_R])

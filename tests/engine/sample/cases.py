@@ -50,7 +50,7 @@ def make(vocab: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> list[
     rng = random.Random(seed)
     g = torch.Generator().manual_seed(seed)
     cases = []
-    for spread in (0.5, 3.0, 0.0):  # flat, peaked, and many equal logits
+    for spread in (0.5, 3.0, 0.0, -1.0):  # flat, peaked, many equal logits, and all the best ones on rank 0
         for kw in SETTINGS:
             kw = dict(kw.items())
             if "logit_bias" in kw:
@@ -58,7 +58,9 @@ def make(vocab: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> list[
             if "stop_token_ids" in kw:
                 kw["stop_token_ids"] = tuple(t % vocab for t in kw["stop_token_ids"])
             logits = torch.randn(vocab, generator=g) * spread
-            if not spread:
+            if spread < 0:
+                logits = logits.abs().sort(descending=True).values
+            elif not spread:
                 logits = torch.randint(-2, 3, (vocab,), generator=g).float()
             prompt_len = rng.randint(1, 30)
             tokens = [rng.randrange(vocab) for _ in range(prompt_len + rng.randint(0, 12))]

@@ -14,7 +14,10 @@ import torch.multiprocessing as mp
 from engine.load.shards import vocab_range
 from engine.parallel.comm import Comm
 from engine.request import Sampling
+from engine.sample.chunks import padded
+from engine.sample.limits import top_k_floor, top_p_floor
 from engine.sample.sampler import Sampler
+from engine.sample.shard import Shard
 from tests.engine.sample.cases import draw, make
 
 VOCABS = {  # several sizes: odd ones, one with a rank that has no ids, one large enough for all paths
@@ -47,7 +50,21 @@ def everything(comm: Comm) -> dict[str, object]:
         answers[f"ids beside a bad row {vocab}"] = out.token_ids.tolist()
 
     answers["penalised"] = _penalised(comm)
+    answers["floors"] = _floors(comm)
     return answers
+
+
+def _floors(comm: Comm) -> list[list[float]]:
+    """The edges of top_k and top_p, where one rank holds far more of the best ids than it may send."""
+    start, end, _ = vocab_range(30_000, comm.rank, comm.world)
+    values = torch.randn(5, 30_000, generator=torch.Generator().manual_seed(2)).sort(descending=True).values
+    values[1:] *= torch.tensor([[0.01], [3.0], [0.0], [1.0]])
+    values[4] = values[4].flip(0)
+    shard = Shard(comm, start, end, torch.device("cpu"))
+    own, best = padded(values[:, start:end]), values.amax(dim=1)
+    floors = [top_p_floor(shard, own, best, torch.full((5,), p).double()) for p in (0.1, 0.5, 0.9, 0.999)]
+    floors += [top_k_floor(shard, own, best, torch.full((5,), k), k) for k in (1, 256, 257, 5000, 29_999)]
+    return [f.tolist() for f in floors]
 
 
 def _penalised(comm: Comm) -> list[list[int]]:
@@ -56,7 +73,9 @@ def _penalised(comm: Comm) -> list[list[int]]:
     sampler = Sampler(comm, 50, start, end, 2, "cpu")
     sampler.add_row(0, Sampling(temperature=0.0, frequency_penalty=1.0), [1, 2], 2)
     sampler.add_row(1, Sampling(temperature=1.0, seed=3, repetition_penalty=2.0), [1, 2], 2)
-    logits = torch.randn(2, 50, generator=torch.Generator().manual_seed(0))[:, start:end]
+    logits = torch.randn(2, 50, generator=torch.Generator().manual_seed(0))
+    logits[:, [0, 13, 25, 26, 39]] += 3  # each rank's first id, where a stranger's token must not be counted
+    logits = logits[:, start:end]
     return [sampler.sample(logits, [0, 1], torch.tensor([p, p])).token_ids.tolist() for p in range(2, 40)]
 
 
