@@ -13,8 +13,8 @@ import threading
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
-#: Page cache, in KiB. With it a look-up of random keys among 10^7 touches the disk about once.
-_CACHE_KIB = 8 << 10
+#: Page cache, in KiB. The rest is left to the page cache of the system.
+_CACHE_KIB = 2 << 10
 #: Keys in one query; SQLite's own limit is 32,766 parameters.
 _CHUNK = 500
 

@@ -60,18 +60,19 @@ class Engine:
             )
 
     def watch(self, finished: int) -> str | None:
-        """Restart a dead engine; returns why it died where it did. `finished` counts rows done so far.
+        """Restart a dead engine; returns why it died where it did. `finished` counts rows answered so far.
 
-        Raises CommandError when it never came up, or died `MAX_RESTARTS` times without finishing a row.
+        Raises CommandError when it ended with exit code 1 before its first answer (it cannot start), or
+        died once more after `MAX_RESTARTS` restarts without an answer.
         """
         if finished > self._finished:
             self._finished, self.restarts = finished, 0
         if self._process is None or self._process.poll() is None:
             return None
         reason = self._reason()
-        first = self._finished == 0 and self.restarts == 0
-        if (first and self._process.returncode == 1) or self.restarts >= MAX_RESTARTS:
-            tried = "" if first else f" ({self.restarts} restarts finished no row)"
+        never_up = self._finished == 0 and self._process.returncode == 1
+        if never_up or self.restarts >= MAX_RESTARTS:
+            tried = "" if never_up else f" ({self.restarts} restarts finished no row)"
             raise CommandError(f"{reason}{tried}; the engine's log is {self.log}")
         self.restarts += 1
         self.start()

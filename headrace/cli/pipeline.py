@@ -41,6 +41,8 @@ from sink.jsonl import JsonlTarget
 TICK_S = 0.1
 #: Seconds between looks at the server for rows that will never come, and how long nothing may be on the way.
 LOOK_S, SETTLED_S = 1.0, 3.0
+#: Seconds to wait for the loader at the end: it may hang in a read of standard input that never returns.
+LOADER_END_S = 2.0
 #: Seconds that the server may be away.
 PATIENCE_S = 30.0
 
@@ -139,9 +141,9 @@ class _Run:
                 self.progress.show(self._snapshot())
                 time.sleep(TICK_S)
         finally:
-            load.end()
+            load.end(LOADER_END_S)
             self.engine.stop(0.0 if len(interrupts) > 1 else DRAIN_S)
-            sink.end()
+            sink.end(PATIENCE_S)
         sink.check()
         while self.consumer.step(block_ms=1):  # what the engine finished while it was ended
             pass
@@ -162,7 +164,8 @@ class _Run:
                 self.engine.start()
             return
         pid = self.engine.pid
-        if (death := self.engine.watch(self.target.tally.total)) is not None:
+        answered = self.target.tally.total - self.before.total - self.loader.loaded.rejected  # by engines
+        if (death := self.engine.watch(max(0, answered))) is not None:
             self.progress.say(f"{death}: started again, its rows are run again")
             self._free_jobs(failed=True, pid=pid)
 
@@ -245,10 +248,9 @@ class _Part:
         if self._failure is not None:
             raise self._failure
 
-    def end(self) -> None:
-        """Ask it to stop and wait for it, but not for a read of standard input that never returns."""
+    def end(self, patience_s: float) -> None:
         self._stop.set()
-        self._thread.join(10)
+        self._thread.join(patience_s)
 
     def _run(self, work: Callable[[threading.Event], Any]) -> None:
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
 import signal
 import sys
@@ -37,9 +38,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     )
     end = parser.add_mutually_exclusive_group()
     end.add_argument("--follow", action="store_true", help="run until SIGTERM (the default)")
-    end.add_argument(
-        "--until-idle", type=float, metavar="SECONDS", help="end after this long without results"
-    )
+    idle = "end after this long without results"
+    end.add_argument("--until-idle", type=float, metavar="SECONDS", default=math.inf, help=idle)
     parser.set_defaults(command=command)
 
 

@@ -1,0 +1,276 @@
+"""`headrace run`: every row of the input is answered once, and the same command continues."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import signal
+from collections import Counter
+from pathlib import Path
+
+import psutil
+import pytest
+
+from headrace.embedded import EmbeddedServer
+from tests.cli.trees import Job, children, ended, kill_tree, wait_for
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Job:
+    return Job(tmp_path)
+
+
+def engine_starts(job: Job) -> int:
+    """Rows are answered by engines; a pass without one ran nothing."""
+    log = job.state / "engine.log"
+    return log.stat().st_size if log.exists() else 0
+
+
+def test_every_row_is_answered_once_and_a_second_run_runs_nothing(job: Job) -> None:
+    job.write_many(500)
+    first = job.run()
+    assert first.code == 0, first.err
+    assert sorted(job.ids()) == sorted(f"q-{i}" for i in range(500))
+    assert "ok                         500" in first.out
+    before = job.output.read_bytes()
+    second = job.run(engine="--fail-at-start")
+    assert second.code == 0, second.err
+    assert "nothing was left to run" in second.err
+    assert job.output.read_bytes() == before
+
+
+def test_all_input_forms_run_and_bad_rows_are_answered_beside_good_ones(job: Job) -> None:
+    job.write(
+        {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions",
+         "body": {"model": "m", "messages": [{"role": "user", "content": "hi a"}]}},
+        {"custom_id": "b", "prompt": "hi b"},
+        b"{ malformed",
+        {"prompt_token_ids": [1, 2]},
+        {"kind": "score", "prompt": "1 + 1 =", "continuation": " 2"},
+        {"custom_id": "b", "prompt": "again"},
+        {"custom_id": "c", "prompt": "FAIL"},
+        {"custom_id": "d", "prompt": "x", "colour": "red"},
+    )  # fmt: skip
+    result = job.run()
+    assert result.code == 2, result.err
+    rows = job.rows()
+    assert len(rows) == 8
+    codes = Counter(row["error"]["code"] for row in rows if row["error"])
+    assert codes == {"invalid_json": 1, "duplicate_custom_id": 1, "told_to_fail": 1, "unknown_field": 1}
+    bodies = {row["custom_id"]: row["response"]["body"] for row in rows if row["response"]}
+    assert bodies["a"]["choices"][0]["message"]["content"] == "hi a"
+    assert bodies["b"]["choices"][0]["text"] == "hi b"
+    assert bodies["row-5"]["score"] == -1.5
+    assert job.run().code == 2, "failed rows are remembered, and not run again"
+    assert len(job.rows()) == 8
+
+
+def test_failed_rows_go_to_the_error_file_when_one_is_named(job: Job) -> None:
+    job.write({"prompt": "fine"}, {"prompt": "FAIL"}, b"{")
+    errors = job.folder / "errors.jsonl"
+    assert job.run(f"error_file={errors}").code == 2
+    assert [row["custom_id"] for row in job.rows()] == ["row-1"]
+    assert sorted(row["custom_id"] for row in job.rows(errors)) == ["row-2", "row-3"]
+
+
+def test_rows_come_from_standard_input(job: Job) -> None:
+    result = ended(job.start(source="-"), '{"prompt": "a"}\n{"prompt": "b"}\n')
+    assert result.code == 0, result.err
+    assert sorted(job.ids()) == ["row-1", "row-2"]
+
+
+def test_ctrl_c_ends_a_run_that_waits_for_standard_input(job: Job) -> None:
+    process = job.start(source="-")
+    wait_for(lambda: job.state.exists() and children(process))
+    process.send_signal(signal.SIGINT)
+    assert process.wait(20) == 130
+
+
+def test_a_text_file_holds_one_prompt_a_line(job: Job) -> None:
+    text = job.folder / "in.txt"
+    text.write_text("first\n\nsecond\n")
+    result = ended(job.start(source=str(text)))
+    assert result.code == 0, result.err
+    answers = {row["custom_id"]: row["response"]["body"]["choices"][0]["text"] for row in job.rows()}
+    assert answers == {"row-1": "first", "row-3": "second"}
+
+
+def test_an_empty_input_is_done_at_once(job: Job) -> None:
+    job.input.write_bytes(b"\n")
+    result = job.run(engine="--fail-at-start")
+    assert result.code == 0, result.err
+    assert job.output.read_bytes() == b""
+
+
+@pytest.mark.slow
+def test_a_tree_killed_at_random_moments_ends_with_every_row_once(job: Job) -> None:
+    n, seed = 5000, random.randrange(1 << 30)
+    rng = random.Random(seed)
+    job.write_many(n)
+    for goal in sorted(rng.randrange(n) for _ in range(5)):
+        process = job.start(engine="--per-second 3000")
+        wait_for(lambda goal=goal, process=process: len(job.ids()) >= goal or process.poll() is not None)
+        kill_tree(process)
+    result = job.run()
+    assert result.code == 0, (seed, result.err)
+    counts = Counter(row["custom_id"] for row in job.rows())
+    assert len(counts) == n, f"seed {seed}: {n - len(counts)} rows lost"
+    assert max(counts.values()) == 1, f"seed {seed}: doubled {[i for i, c in counts.items() if c > 1][:5]}"
+
+
+def test_a_run_killed_before_its_first_row_starts_like_new(job: Job) -> None:
+    job.write_many(50)
+    process = job.start(engine="--per-second 1")
+    wait_for(job.state.exists)
+    kill_tree(process)
+    assert job.run().code == 0
+    assert len(job.ids()) == 50
+
+
+def test_when_the_command_is_killed_its_children_die_too(job: Job) -> None:
+    job.write_many(2000)
+    process = job.start(engine="--per-second 500")
+    wait_for(job.ids)
+    left = children(process)
+    assert len(left) == 2, "a server and an engine"
+    process.kill()
+    process.communicate()
+    _, alive = psutil.wait_procs(left, timeout=10)
+    assert not alive
+
+
+def test_ctrl_c_says_how_to_continue_and_leaves_no_process(job: Job) -> None:
+    job.write_many(2000)
+    process = job.start(engine="--per-second 500")
+    wait_for(job.ids)
+    left = children(process)
+    process.send_signal(signal.SIGINT)
+    result = ended(process)
+    assert result.code == 130
+    assert "the same command continues" in result.err
+    assert "Traceback" not in result.err
+    assert not psutil.wait_procs(left, timeout=5)[1]
+    assert job.run().code == 0
+    assert Counter(job.ids()) == Counter(f"q-{i}" for i in range(2000))
+
+
+def test_an_engine_that_dies_is_started_again(job: Job) -> None:
+    job.write_many(1000)
+    result = job.run(engine="--crash-after 400")
+    assert result.code == 0, result.err
+    assert "killed by SIGKILL: started again" in result.err
+    assert Counter(job.ids()) == Counter(f"q-{i}" for i in range(1000))
+
+
+def test_an_engine_that_dies_without_finishing_rows_is_given_up(job: Job) -> None:
+    job.write({"prompt": "CRASH"})
+    result = job.run()
+    assert result.code == 1
+    assert "3 restarts finished no row" in result.err
+    assert "Traceback" not in result.err
+
+
+def test_an_engine_that_cannot_start_is_reported_in_one_line(job: Job) -> None:
+    job.write({"prompt": "a"})
+    result = job.run(engine="--fail-at-start")
+    assert result.code == 1
+    assert result.err.splitlines()[-1].startswith("headrace: error: the model has no weights")
+    assert "Traceback" not in result.err
+
+
+def test_rows_added_to_the_file_are_run_and_the_old_ones_are_not(job: Job) -> None:
+    job.write_many(10)
+    assert job.run().code == 0
+    job.write_many(25)
+    assert job.run().code == 0
+    assert Counter(job.ids()) == Counter(f"q-{i}" for i in range(25))
+
+
+def test_a_row_that_changed_is_refused_and_fresh_starts_over(job: Job) -> None:
+    job.write({"custom_id": "a", "prompt": "one"}, {"custom_id": "b", "prompt": "two"})
+    assert job.run().code == 0
+    before = job.output.read_bytes()
+    job.write({"custom_id": "a", "prompt": "one"}, {"custom_id": "b", "prompt": "changed"})
+    result = job.run()
+    assert result.code == 1
+    assert "'b' changed" in result.err
+    assert "--fresh" in result.err
+    assert job.output.read_bytes() == before
+    assert job.run("fresh=1").code == 0
+    texts = {row["custom_id"]: row["response"]["body"]["choices"][0]["text"] for row in job.rows()}
+    assert texts == {"a": "one", "b": "changed"}
+
+
+def test_another_model_is_refused(job: Job) -> None:
+    job.write({"prompt": "a"})
+    assert job.run().code == 0
+    result = job.run(model="other")
+    assert result.code == 1
+    assert "with model m, and this is other: --fresh" in result.err
+    assert job.run("fresh=1", model="other").code == 0
+
+
+def test_an_output_of_unknown_origin_is_not_overwritten(job: Job) -> None:
+    job.write({"prompt": "a"})
+    job.output.write_text("precious\n")
+    result = job.run()
+    assert result.code == 1
+    assert "--fresh" in result.err
+    assert job.output.read_text() == "precious\n"
+
+
+@pytest.mark.parametrize("lost", ["server", "written.sqlite", "rows.sqlite"])
+def test_state_that_was_lost_costs_work_but_no_row(job: Job, lost: str) -> None:
+    job.write_many(1500)
+    process = job.start(engine="--per-second 2000")
+    wait_for(lambda: len(job.ids()) > 100)
+    kill_tree(process)
+    path = job.state / lost
+    for companion in job.state.glob(f"{lost}*"):
+        shutil.rmtree(companion) if companion.is_dir() else companion.unlink()
+    assert not path.exists()
+    result = job.run()
+    assert result.code == 0, result.err
+    assert Counter(job.ids()) == Counter(f"q-{i}" for i in range(1500))
+
+
+def test_rows_whose_answers_were_thrown_away_are_named_instead_of_awaited(job: Job) -> None:
+    job.write_many(20)
+    assert job.run().code == 0
+    job.output.unlink()
+    result = job.run()
+    assert result.code == 1
+    assert "20 rows ended in an earlier run" in result.err
+    assert "--fresh" in result.err
+
+
+def test_two_runs_cannot_write_one_output(job: Job) -> None:
+    job.write_many(1000)
+    process = job.start(engine="--per-second 300")
+    wait_for(job.ids)
+    for more in ([], ["fresh=1"]):
+        result = job.run(*more)
+        assert result.code == 1
+        assert "another headrace run writes" in result.err
+    kill_tree(process)
+
+
+def test_a_run_uses_an_outside_server_when_told(job: Job, tmp_path: Path) -> None:
+    job.write_many(300)
+    with EmbeddedServer(tmp_path / "elsewhere") as server:
+        result = job.run(f"redis={server.url}", "run=night")
+        assert result.code == 0, result.err
+        assert job.run(f"redis={server.url}", "run=night", engine="--fail-at-start").code == 0
+        assert job.run(f"redis={server.url}", "run=other").code == 1
+        assert job.run(f"redis={server.url}", "run=night", "fresh=1").code == 0
+    assert not (job.state / "server").exists()
+    assert Counter(job.ids()) == Counter(f"q-{i}" for i in range(300))
+
+
+def test_a_server_that_cannot_be_reached_is_named(job: Job) -> None:
+    job.write({"prompt": "a"})
+    result = job.run("redis=redis://:secret@127.0.0.1:1/0")
+    assert result.code == 1
+    assert "cannot reach Redis" in result.err
+    assert "secret" not in result.err
+    assert not job.output.exists()
