@@ -17,6 +17,7 @@ from typing import Any
 
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
+from tokenizers.models import BPE
 
 from engine.chat import ChatTemplate, Turn, mark, special_pattern, split_marked
 from engine.errors import ConfigError, InvalidRequest
@@ -226,14 +227,18 @@ def _longest_text_of_a_token(
 
     There is one when every byte has a token of its own, so that no unknown-token can swallow text.
     """
-    covered = {bytes([b]) for b in range(256)}.issubset(map(to_bytes, vocab))
+    if not isinstance(backend.model, BPE) or not (backend.model.byte_fallback or to_bytes is _byte_level):
+        return 0
+    lengths = {data: len(data) for data in map(to_bytes, vocab)}
+    if any(bytes([b]) not in lengths for b in range(256)):
+        return 0
     shrink = 1
     if backend.normalizer is not None:
         spec = json.loads(backend.normalizer.__getstate__())
         for step in spec["normalizers"] if spec["type"] == "Sequence" else [spec]:
             same_length = step["type"] == "Replace" and len(step["pattern"].get("String", "")) == 1
             shrink *= 1 if same_length and len(step["content"]) == 1 else _SHRINK.get(step["type"], 0)
-    return max(map(len, map(to_bytes, vocab)), default=0) * shrink if covered else 0
+    return max(lengths.values()) * shrink
 
 
 def _content(token: Any) -> str:
@@ -243,10 +248,16 @@ def _content(token: Any) -> str:
 def _add_tokens(backend: Backend, config: dict[str, Any], named: dict[str, str], folder: str) -> None:
     """Tokens that tokenizer_config.json knows and tokenizer.json does not."""
     fields = ("single_word", "lstrip", "rstrip", "normalized", "special")
-    listed = config.get("added_tokens_decoder") or {}
-    for i, raw in sorted(listed.items(), key=lambda item: int(item[0])):
-        backend.add_tokens([AddedToken(raw["content"], **{k: raw[k] for k in fields if k in raw})])
-        if backend.token_to_id(raw["content"]) != int(i):
+    listed = {int(i): raw for i, raw in (config.get("added_tokens_decoder") or {}).items()}
+    # In one call: each call rebuilds the search tree, and there may be thousands of tokens.
+    backend.add_tokens(
+        [
+            AddedToken(raw["content"], **{k: raw[k] for k in fields if k in raw})
+            for _, raw in sorted(listed.items())
+        ]
+    )
+    for i, raw in listed.items():
+        if backend.token_to_id(raw["content"]) != i:
             raise ConfigError(
                 f"{folder}: token {raw['content']!r} has id {i} in tokenizer_config.json but "
                 f"{backend.token_to_id(raw['content'])} in tokenizer.json."

@@ -18,7 +18,7 @@ class TextMonitor:
     A stop string must end in text that comes after the first `min_tokens` tokens.
     """
 
-    __slots__ = ("_count", "_matcher", "_min_tokens", "_shown", "_stream")
+    __slots__ = ("_count", "_matcher", "_min_tokens", "_stream")
 
     def __init__(self, tokenizer: Tokenizer, params: SamplingParams, prompt: list[int] | None) -> None:
         """`prompt`: the ids that the text continues; None where it stands alone (chat)."""
@@ -26,7 +26,6 @@ class TextMonitor:
         self._matcher = StopMatcher(params.stop, include=params.include_stop_str_in_output)
         self._min_tokens = params.min_tokens
         self._count = 0
-        self._shown = 0
 
     def push(self, token_id: int) -> bool:
         self._count += 1
@@ -44,7 +43,4 @@ class TextMonitor:
 
     def delta(self) -> str:
         """Text that may be shown since the last call: what could still become a stop string is held back."""
-        text = self._matcher.text
-        new = text[self._shown : len(text) - self._matcher.held()]
-        self._shown += len(new)
-        return new
+        return self._matcher.take()

@@ -20,7 +20,9 @@ class StopMatcher:
     `stops`: non-empty strings. `stop` is the one that matched, None so far.
     """
 
-    __slots__ = ("_by_last", "_first", "_include", "_parts", "_reach", "_size", "_sorted", "_tail", "stop")
+    __slots__ = (
+        "_by_last", "_first", "_include", "_parts", "_reach", "_size", "_sorted", "_tail", "_taken", "stop",
+    )  # fmt: skip
 
     def __init__(self, stops: Sequence[str], *, include: bool = False) -> None:
         self.stop: str | None = None
@@ -34,6 +36,7 @@ class StopMatcher:
         self._parts: list[str] = []
         self._size = 0
         self._tail = ""
+        self._taken = 0  # parts that `take` has given out
 
     @property
     def text(self) -> str:
@@ -56,6 +59,14 @@ class StopMatcher:
         self._tail = window[-self._reach :] if self._reach > 0 else ""
         return False
 
+    def take(self) -> str:
+        """The text that may be shown by now and was not taken before."""
+        new = "".join(self._parts[self._taken :])
+        safe = len(new) - self.held()
+        self._parts[self._taken :] = [new[:safe], new[safe:]]
+        self._taken += 1
+        return new[:safe]
+
     def held(self) -> int:
         """How many of the last characters may yet turn out to be a stop string, and must not be shown."""
         if self.stop is not None:
@@ -71,7 +82,7 @@ class StopMatcher:
 
     def _cut(self, stop: str, end: int) -> None:
         self.stop = stop
+        taken = sum(map(len, self._parts[: self._taken]))
         kept = "".join(self._parts)[: end if self._include else end - len(stop)]
-        self._parts = [kept]
-        self._size = len(kept)
-        self._tail = ""
+        self._parts = [kept[:taken], kept[taken:]]
+        self._taken = 1
