@@ -72,9 +72,13 @@ def serve(config: EngineConfig, settings: Settings) -> int:
     spec = read_spec(config.model)
     check_parallel(spec, config)
     service = Service(config, spec, settings, build_executor)
-    for sig in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(sig, lambda *_: service.drain())
-    service.run()
+
+    def listen() -> None:
+        for sig in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(sig, lambda *_: service.drain())
+
+    listen()
+    service.run(started=listen)  # again then, because Ray takes the signals for itself when it starts
     return 0
 
 
@@ -118,11 +122,12 @@ class Service:
 
     # -- life ------------------------------------------------------------------------------------
 
-    def run(self) -> None:
-        """Serve until drained. Raises what ended the engine early."""
+    def run(self, started: Callable[[], None] = lambda: None) -> None:
+        """Serve until drained; calls `started` when the ranks stand. Raises what ended the engine early."""
         keeper = self._start(self._keep, "keeper")
         try:
             self.engine.start()
+            started()
             self._enter("ready")
             intake, commit = self._start(self._take_in, "intake"), self._start(self._commit, "commit")
             self._step_until_drained(intake)

@@ -126,7 +126,7 @@ class RayExecutor:
         return self._get([getattr(actor, verb).remote() for actor in self._actors])
 
     def _get(self, refs: list[Any], ranks: list[int] | None = None) -> list[Any]:
-        """The values of calls, in order. Raises the user's error of a rank as itself, a death as WorkerDied."""
+        """The values of calls, in order. Raises a user's error as itself, a rank's death as WorkerDied."""
         import ray
 
         values = []
@@ -223,7 +223,7 @@ class RayExecutor:
 
 def _culprit(ray: Any, runs: list[Any], seen: dict[int, float]) -> WorkerDied:
     """Who died first. A rank whose peer is gone fails in its next collective, perhaps before Ray reports
-    the peer: a dead process goes before an exception, and an exception of its own before one of the group's."""
+    the peer: a dead process goes before an exception, an exception of its own before one of the group."""
     time.sleep(CULPRIT_S)
     ended, _ = ray.wait(runs, num_returns=len(runs), timeout=0)
     found = []
