@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import resource
 import shutil
 import signal
 from collections import Counter
@@ -242,6 +243,21 @@ def test_rows_whose_answers_were_thrown_away_are_named_instead_of_awaited(job: J
     assert result.code == 1
     assert "20 rows ended in an earlier run" in result.err
     assert "--fresh" in result.err
+
+
+def test_a_full_disk_ends_the_run_clearly_and_room_lets_it_continue(job: Job) -> None:
+    job.write_many(2000)
+    process = job.start(engine="--per-second 1000")
+    wait_for(lambda: len(job.ids()) > 100)
+    limit = job.output.stat().st_size + 3000
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (limit, limit))  # of this process alone
+    result = ended(process)
+    assert result.code == 1
+    assert "nothing of it was acknowledged: make room and run the same command again" in result.err
+    assert "Traceback" not in result.err
+    assert job.output.read_bytes().endswith(b"}\n")
+    assert job.run().code == 0
+    assert Counter(job.ids()) == Counter(f"q-{i}" for i in range(2000))
 
 
 def test_two_runs_cannot_write_one_output(job: Job) -> None:
