@@ -84,6 +84,8 @@ class EchoExecutor:
         return [RankReport(0, "cpu", "localhost", 0.0, 0.0, blocks, 0.0, "echo", os.getpid())]
 
     def submit(self, plan: StepPlan) -> None:
+        if not self._slots:
+            raise WorkerDied(0, "it was stopped, or never started")
         if self.die_at_step is not None and plan.step >= self.die_at_step:
             raise WorkerDied(0, f"told to die at step {self.die_at_step}")
         if self.step_seconds:
@@ -118,6 +120,7 @@ class EchoExecutor:
         return self.config.overlap_depth or 0
 
     def stop(self) -> None:
+        self._slots.clear()
         self._results.clear()
 
     # -- the toy worker --------------------------------------------------------------------------

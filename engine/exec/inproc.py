@@ -1,13 +1,15 @@
 """The executor for one rank in this process: no Ray, no sockets, no second process.
 
-A plan runs when it is submitted. Whatever the worker raises in a step is reported as a dead rank, as with
-ranks elsewhere, so that the service has one way to deal with it.
+Without overlap a plan runs when it is submitted. With overlap it runs on a thread of its own, so that the
+driver plans the next step while this one waits for the device. Whatever the worker raises in a step is
+reported as a dead rank, as with ranks elsewhere, so that the service has one way to deal with it.
 """
 
 from __future__ import annotations
 
 import traceback
 from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from engine.config import EngineConfig, ModelSpec
@@ -27,7 +29,8 @@ class InprocExecutor:
         self.spec = spec
         self._worker: Worker | None = None
         self._report: RankReport | None = None
-        self._results: deque[StepResult] = deque()
+        self._thread: ThreadPoolExecutor | None = None  # where steps run, with overlap
+        self._results: deque[StepResult | Future[StepResult]] = deque()
 
     def start(self) -> list[RankReport]:
         from engine.worker.worker import Worker  # torch: not before a rank is really wanted
@@ -37,20 +40,22 @@ class InprocExecutor:
         self._report = worker.load()
         worker.allocate(self._report.kv_blocks)
         self._worker = worker
+        if self.overlap_depth:
+            self._thread = ThreadPoolExecutor(1, "rank-0")
         return [self._report]
 
     def submit(self, plan: StepPlan) -> None:
-        if self._worker is None:
+        worker = self._worker
+        if worker is None:
             raise WorkerDied(0, "it was stopped, or never started")
-        try:
-            result = self._worker.run(plan)
-        except Exception as error:
-            raise WorkerDied(0, traceback.format_exc()) from error
-        assert result is not None  # rank 0 always answers
-        self._results.append(result)
+        if self._thread is None:
+            self._results.append(_run(worker, plan))
+        else:
+            self._results.append(self._thread.submit(_run, worker, plan))
 
     def result(self) -> StepResult:
-        return self._results.popleft()
+        result = self._results.popleft()
+        return result.result() if isinstance(result, Future) else result
 
     @property
     def num_kv_blocks(self) -> int:
@@ -63,6 +68,9 @@ class InprocExecutor:
         return int(self._started().device.startswith("cuda"))
 
     def stop(self) -> None:
+        if self._thread is not None:
+            self._thread.shutdown(cancel_futures=True)
+            self._thread = None
         if self._worker is not None:
             self._worker.close()
             self._worker = None
@@ -71,3 +79,12 @@ class InprocExecutor:
         if self._report is None:
             raise EngineError("the rank has not been loaded yet: call start() first")
         return self._report
+
+
+def _run(worker: Worker, plan: StepPlan) -> StepResult:
+    try:
+        result = worker.run(plan)
+    except Exception as error:
+        raise WorkerDied(0, traceback.format_exc()) from error
+    assert result is not None  # rank 0 always answers
+    return result

@@ -9,6 +9,7 @@ import pytest
 
 from engine.errors import EngineError, InvalidRequest, WorkerDied
 from engine.exec.echo import EchoExecutor
+from engine.exec.wire import StepPlan
 from engine.request import FinishReason, Request
 from tests.engine.core.build import STOP, echo_engine, expected, outputs, prompt, request, run
 
@@ -212,7 +213,7 @@ def test_unfinished_requests_can_be_handed_back_with_their_output(depth: int) ->
     assert taken == requests
     assert [len(r.output) for r in taken] == [3, 3, 0]
     engine.drain()
-    run(engine, taken)
+    run(echo_engine(rows=2, block_size=2), taken)
     assert outputs(requests) == [expected(r) for r in requests]
 
 
@@ -252,8 +253,10 @@ def test_after_a_death_all_requests_go_on_from_their_output(depth: int, step: in
     with pytest.raises(WorkerDied, match="rank 0 died: told to die"):
         engine.drain()
     known = [list(r.output) for r in requests]
-    progress = engine.step_count
+    progress, dead = engine.step_count, engine.executor
     engine.restart(EchoExecutor(engine.config))
+    with pytest.raises(WorkerDied, match="it was stopped"):
+        dead.submit(StepPlan(99, []))
     ended = engine.drain()
     assert sorted(r.id for r in ended) == sorted(r.id for r in requests)
     assert outputs(requests) == [expected(r) for r in requests]

@@ -156,12 +156,24 @@ def test_scores_do_not_change_behind_a_cached_prefix(model: tuple[Path, torch.nn
         assert second.logprob == pytest.approx(first.logprob, abs=1e-5)
 
 
-def test_a_step_that_raises_is_reported_as_the_death_of_rank_0(model: tuple[Path, torch.nn.Module]) -> None:
-    folder, _ = model
-    executor = engine_on(folder).executor
-    assert executor.overlap_depth == 0, "a CPU has nothing to overlap with"
-    with pytest.raises(WorkerDied, match=r"rank 0 died: Traceback(.|\n)*IndexError"):
+def test_a_cpu_has_nothing_to_overlap_with(model: tuple[Path, torch.nn.Module]) -> None:
+    engine = engine_on(model[0])
+    assert engine.executor.overlap_depth == 0
+    engine.stop()
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_a_step_that_raises_is_reported_as_the_death_of_rank_0(
+    model: tuple[Path, torch.nn.Module], depth: int
+) -> None:
+    executor = engine_on(model[0], overlap_depth=depth).executor
+
+    def compute_a_row_that_is_not_there() -> None:
         executor.submit(StepPlan(0, [RowStep(10_000, 0, 1, True)]))
+        executor.result()
+
+    with pytest.raises(WorkerDied, match=r"rank 0 died: Traceback(.|\n)*IndexError"):
+        compute_a_row_that_is_not_there()
     executor.stop()
     executor.stop()
     with pytest.raises(WorkerDied, match="it was stopped"):
