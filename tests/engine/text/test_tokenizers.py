@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -191,6 +192,20 @@ def test_the_lower_bound_holds_for_text_that_normalisation_shortens(tmp_path: Pa
     tokenizer = load(build.byte_level(tmp_path, corpus=["\u0390" * 64] * 2))
     text = "\u03b9\u0308\u0301" * 64
     assert tokenizer._fewest_tokens(text) <= len(tokenizer.encode(text, special=True)) <= 2
+
+
+@pytest.mark.parametrize("kind", [build.byte_level, build.sentencepiece, build.qwen_tiktoken])
+def test_threads_share_a_tokenizer(tmp_path: Path, kind: Any) -> None:
+    tokenizer = load_tokenizer(str(kind(tmp_path)))
+    assert tokenizer is not None
+    texts = [f"{word} {i} 你好 <|im_end|></s>" for i in range(40) for word in ("the", "fox", "naïve")]
+
+    def both(text: str) -> tuple[list[int], str]:
+        ids = tokenizer.encode_chat([{"role": "user", "content": text}])
+        return ids, decode(tokenizer, ids)
+
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(both, texts)) == list(map(both, texts))
 
 
 def test_lone_surrogates_are_refused(tmp_path: Path) -> None:
