@@ -213,8 +213,11 @@ def test_unfinished_requests_can_be_handed_back_with_their_output(depth: int) ->
     assert taken == requests
     assert [len(r.output) for r in taken] == [3, 3, 0]
     engine.drain()
-    run(echo_engine(rows=2, block_size=2), taken)
+    other, again = echo_engine(rows=2, block_size=2), request(prompt(5, 2))
+    run(other, taken)
+    run(other, [again])
     assert outputs(requests) == [expected(r) for r in requests]
+    assert again.cached == 4, "their prefixes are shared there as any others"
 
 
 def test_an_idle_engine_steps_without_effect() -> None:
