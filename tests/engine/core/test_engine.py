@@ -213,7 +213,7 @@ def test_unfinished_requests_can_be_handed_back_with_their_output(depth: int) ->
     assert taken == requests
     assert [len(r.output) for r in taken] == [3, 3, 0]
     engine.drain()
-    other, again = echo_engine(rows=2, block_size=2), request(prompt(5, 2))
+    other, again = echo_engine(rows=2, block_size=2), request(prompt(5, 0))
     run(other, taken)
     run(other, [again])
     assert outputs(requests) == [expected(r) for r in requests]
