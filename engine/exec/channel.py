@@ -7,6 +7,7 @@ not know them gets no further than the handshake. Frames are msgpack (`engine.ex
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from dataclasses import dataclass
@@ -141,7 +142,8 @@ class RankChannel:
         socket = self._connect(self._endpoint.beats)
         answered = time.monotonic()
         while not self._closed.wait(BEAT_S):
-            socket.send(b"")
+            with contextlib.suppress(zmq.Again):  # no driver to send to; the time without answers decides
+                socket.send(b"", zmq.NOBLOCK)
             while socket.poll(0):
                 socket.recv()
                 answered = time.monotonic()

@@ -11,6 +11,7 @@ import time
 from typing import Any
 
 from engine.errors import CapacityError, ConfigError
+from engine.exec import reaper
 
 log = logging.getLogger(__name__)
 
@@ -19,6 +20,8 @@ PLACEMENT_TIMEOUT_S = 120.0
 #: Logical CPUs of a local cluster: they only count places, real threads are set by the ranks.
 _LOCAL_CPUS = 64
 _OBJECT_STORE_BYTES = 80 << 20
+#: Held for as long as this process lives, which is what it tells them.
+_reapers: list[Any] = []
 
 
 def join(address: str | None) -> tuple[str, bool]:
@@ -44,6 +47,7 @@ def join(address: str | None) -> tuple[str, bool]:
                     _node_ip_address="127.0.0.1",
                     **quiet,
                 )
+                _reapers.append(reaper.start())
             else:
                 ray.init(address=address, **quiet)
         except (ConnectionError, ValueError, RuntimeError) as e:
