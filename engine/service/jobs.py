@@ -15,8 +15,8 @@ import orjson
 
 from engine.config import ModelSpec
 from engine.errors import EngineError, InvalidRequest
-from engine.held import Held
 from engine.request import Request
+from engine.service.held import Held
 from engine.text import complete, failure, prepare
 from engine.tokenizer import Tokenizer
 from headrace.errors import InvalidJob
