@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, pre_tokenizers
 
 from engine.detokenizer import decode
 from engine.errors import ConfigError, InvalidRequest
@@ -114,10 +116,8 @@ def test_tokens_that_only_tokenizer_config_knows_are_added(tmp_path: Path) -> No
 
 
 def test_truncation_and_padding_of_the_file_do_not_touch_prompts(tmp_path: Path) -> None:
-    from tokenizers import Tokenizer
-
     build.byte_level(tmp_path)
-    t = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    t = Backend.from_file(str(tmp_path / "tokenizer.json"))
     t.enable_truncation(4)
     t.enable_padding(length=64)
     t.save(str(tmp_path / "tokenizer.json"))
@@ -185,6 +185,17 @@ def test_the_lower_bound_on_tokens_is_never_too_high(
         folder = tmp_path_factory.getbasetemp() / f"bound-{kind.__name__}"
         tokenizer = load(folder if folder.exists() else kind(folder))
         assert tokenizer._fewest_tokens(text * n) <= len(tokenizer.encode(text * n, special=True))
+
+
+def test_there_is_no_lower_bound_where_an_unknown_token_swallows_text(tmp_path: Path) -> None:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    some, every = ({c: i for i, c in enumerate(["?", *letters])} for letters in ("ab", alphabet))
+    missing_bytes = Backend(models.BPE(some, [], unk_token="?", fuse_unk=True))
+    whole_words = Backend(models.WordLevel(every, unk_token="?"))
+    for name, t in (("missing", missing_bytes), ("words", whole_words)):
+        t.decoder = decoders.ByteLevel()
+        tokenizer = load(build.write(tmp_path / name, t, None))
+        assert len(tokenizer.encode_prompt("x" * 5000, limit=512)) == 1
 
 
 def test_the_lower_bound_holds_for_text_that_normalisation_shortens(tmp_path: Path) -> None:
