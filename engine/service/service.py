@@ -98,6 +98,7 @@ class Service:
         try:
             desk.engine.start()
             started()
+            self._fit_context()
             self._enter("ready")
             intake = self._start(Intake(desk).run, "intake")
             commit = self._start(lambda: commit_until_done(desk), "commit")
@@ -140,6 +141,12 @@ class Service:
     def _enter(self, state: str) -> None:
         self.desk.state = state
         log.info("engine_state engine=%s lane=%s state=%s", self.desk.id, self.desk.settings.lane, state)
+
+    def _fit_context(self) -> None:
+        """A chat without max_tokens asks for the rest of the context; a smaller KV pool cannot give that."""
+        desk = self.desk
+        pool = (desk.engine.executor.num_kv_blocks - 1) * desk.config.block_size
+        desk.jobs.context = min(desk.jobs.context, pool)
 
     def _step_until_drained(self, intake: threading.Thread) -> None:
         desk, deadline = self.desk, math.inf

@@ -41,7 +41,7 @@ def command(args: argparse.Namespace) -> int:
             raise CommandError(f"{needed} is missing: headrace demo runs from a checkout of the repository")
     with tempfile.TemporaryDirectory(prefix="headrace-demo-") as folder:
         output = args.output or Path(folder) / "answers.jsonl"
-        flags: dict[str, object] = {"tensor_parallel_size": args.tensor_parallel_size}
+        flags: dict[str, object] = {"tensor_parallel_size": args.tensor_parallel_size, "dtype": "float32"}
         code = run_file(str(questions), output, str(model), flags, fresh=True)
         if output.exists():
             print(table(output.read_text("utf-8"), answers.read_text("utf-8")))
