@@ -55,16 +55,20 @@ class AppendFile:
 
     def cut(self, length: int) -> None:
         """Drop everything behind `length`, which becomes the committed length."""
-        if self.size != length:
-            os.ftruncate(self._fd, length)
-            os.fsync(self._fd)
+        try:
+            if self.size != length:
+                os.ftruncate(self._fd, length)
+                os.fsync(self._fd)
+        except OSError as e:
+            raise SinkError(f"cannot cut {self.path} to {length} bytes: {e.strerror}") from None
         self.committed = length
 
     def append(self, data: bytes) -> None:
         self._buffer.append(data)
 
     def commit(self) -> None:
-        """Write what was appended and wait until it is on the disk; on failure the file is as before."""
+        """Write what was appended and wait until it is on the disk. After SinkError the file may end in a
+        part of it: the owner cuts it back, together with its other files."""
         data, self._buffer = b"".join(self._buffer), []
         if not data:
             return
@@ -74,7 +78,6 @@ class AppendFile:
                 view = view[os.write(self._fd, view) :]
             os.fsync(self._fd)
         except OSError as e:
-            os.ftruncate(self._fd, self.committed)
             raise SinkError(
                 f"cannot write {len(data)} bytes to {self.path} after byte {self.committed}: {e.strerror}; "
                 "nothing of it was acknowledged: make room and run the same command again"

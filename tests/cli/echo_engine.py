@@ -83,11 +83,10 @@ def main() -> int:
                 items.append((one, answer(Job.parse(one.raw), one)))
             except InvalidJob as e:
                 print(f"unreadable job {e}", file=sys.stderr)
-        store.run(ledger.finish(me, items))
         done += len(items)
-        if args.crash_after is not None and done >= args.crash_after:
-            print(f"crashing after {done} rows", file=sys.stderr)
+        if args.crash_after is not None and done >= args.crash_after:  # these are leased and unfinished
             os.kill(os.getpid(), signal.SIGKILL)
+        store.run(ledger.finish(me, items))
     store.run(ledger.leave(me))
     return 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import resource
 import shutil
@@ -128,16 +129,20 @@ def test_a_run_killed_before_its_first_row_starts_like_new(job: Job) -> None:
     assert len(job.ids()) == 50
 
 
-def test_when_the_command_is_killed_its_children_die_too(job: Job) -> None:
+@pytest.mark.parametrize("kind", ["embedded", "outside"])
+def test_when_the_command_is_killed_its_children_die_too(job: Job, tmp_path: Path, kind: str) -> None:
     job.write_many(2000)
-    process = job.start(engine="--per-second 500")
-    wait_for(job.ids)
-    left = children(process)
-    assert len(left) == 2, "a server and an engine"
-    process.kill()
-    process.communicate()
-    _, alive = psutil.wait_procs(left, timeout=10)
-    assert not alive
+    with EmbeddedServer(tmp_path / "elsewhere") as server:
+        # an engine whose server is still there has no other reason to end
+        process = job.start(
+            *([f"redis={server.url}"] if kind == "outside" else []), engine="--per-second 500"
+        )
+        wait_for(job.ids)
+        left = children(process)
+        assert len(left) == (2 if kind == "embedded" else 1), left
+        process.kill()
+        process.communicate()
+        assert not psutil.wait_procs(left, timeout=10)[1]
 
 
 def test_ctrl_c_says_how_to_continue_and_leaves_no_process(job: Job) -> None:
@@ -145,9 +150,10 @@ def test_ctrl_c_says_how_to_continue_and_leaves_no_process(job: Job) -> None:
     process = job.start(engine="--per-second 500")
     wait_for(job.ids)
     left = children(process)
-    process.send_signal(signal.SIGINT)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal sends it: to the whole foreground group
     result = ended(process)
     assert result.code == 130
+    assert "started again" not in result.err
     assert "the same command continues" in result.err
     assert "Traceback" not in result.err
     assert not psutil.wait_procs(left, timeout=5)[1]

@@ -58,7 +58,13 @@ class Job:
         where = [source or str(self.input), str(self.output)]
         command = [sys.executable, ECHO_RUN, *where, model, engine, *more]
         return subprocess.Popen(
-            command, env=ENV, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.PIPE
+            command,
+            env=ENV,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            stdin=subprocess.PIPE,
+            process_group=0,
         )
 
     def run(self, *more: str, model: str = "m", engine: str = "") -> Result:

@@ -5,21 +5,25 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import orjson
 import pytest
 
 from headrace.connection import connect
 from headrace.embedded import EmbeddedServer
+from headrace.errors import StoreUnavailable
 from headrace.keys import FIELD
 from headrace.ledger import Ledger
 from headrace.messages import Completion, Status
-from headrace.store import Store
+from headrace.results import Delivered
+from headrace.store import Store, Work
 from sink.base import Consumer, Tally
 from sink.files import SinkError
 from sink.jsonl import JsonlTarget
 
 LEDGER = Ledger("lane")
+T = TypeVar("T")
 
 
 def completions(start: int, end: int) -> list[Completion]:
@@ -135,6 +139,32 @@ def test_an_entry_that_nobody_can_read_becomes_a_row_and_blocks_nothing(store: S
         "error",
     ]
     assert consumer.lag() == 0
+
+
+class LosesAReply(Store):
+    """A store whose first read of new results is executed, but its reply is lost on the way."""
+
+    lost = 0
+
+    def run(self, work: Work[T]) -> T:
+        reply = super().run(work)
+        if self.lost == 0 and isinstance(reply, list) and reply and isinstance(reply[0], Delivered):
+            self.lost = len(reply)
+            raise StoreUnavailable("connection reset")
+        return reply
+
+
+def test_entries_of_a_reply_that_was_lost_are_found_again(server: EmbeddedServer, tmp_path: Path) -> None:
+    store = LosesAReply(connect(server.url))
+    store.run(LEDGER.reject(completions(0, 30)))
+    target = JsonlTarget(tmp_path / "out.jsonl", tmp_path / "index")
+    target.recover()
+    consumer = Consumer(store, LEDGER, None, "sink", target)
+    consumer.run(threading.Event(), until_idle_s=0.5)
+    target.close()
+    assert store.lost == 30
+    assert lines(tmp_path / "out.jsonl") == [str(i) for i in range(30)]
+    store.close()
 
 
 def test_a_sink_outlives_lost_connections_and_a_server_that_lost_its_data(tmp_path: Path) -> None:
