@@ -69,15 +69,7 @@ class ResultCalls:
 
     def result_lag(self, name: str | None, group: str) -> Call[int]:
         """Completions that the sink has not read, or read and not acknowledged. No group: all of them."""
-
-        def parse(reply: Any) -> int:
-            for info in reply:
-                fields = dict(zip(info[::2], info[1::2], strict=True))
-                if fields[b"name"] == group.encode():
-                    return int(fields[b"pending"]) + int(fields[b"lag"] or 0)
-            return 0
-
-        return Call(parse, None, (), ("XINFO", "GROUPS", self.keys.results(name)))
+        return Call(int, script("lag"), (self.keys.results(name),), (group,))
 
     def kept(self, job_id: str) -> Call[bytes | None]:
         """The completion of a job that an application awaits, for a while after its end."""

@@ -1,3 +1,4 @@
+#!lua flags=allow-oom
 -- Make sure that a sink's group stands on a result stream, from its first entry.
 -- KEYS: 1 result stream
 -- ARGV: 1 group

@@ -1,47 +1,69 @@
 #!lua flags=allow-oom
 -- End jobs: completion out, mark set, counters moved, job entry gone; all or nothing for each job.
 -- allow-oom: a full server must still be drained.
--- KEYS: 1 attempts, 2 runs, then for each item: job stream, marks, counters, result stream, kept
+-- KEYS: 1 attempts, 2 runs, then S job streams, then for each of R runs: marks, counters,
+--       then T result streams, then kept completions
 -- ARGV: 1 group, 2 consumer, 3 field, 4 retention seconds, 5 seconds to keep answers for applications,
---       then for each item: entry id, job id, run, status, prompt tokens, cached tokens,
---       completion tokens, "1" to keep the completion by job id, payload
--- Returns one word an item: "done"; "fenced" (the lease is another's now); "duplicate" (ended before).
--- Keeps: one completion a job, and only from the consumer that holds its lease.
-local group, consumer, field, ttl, keep_s = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5]
-local now = redis.call('TIME')[1]
-local out = {}
-local k = 3
-for i = 6, #ARGV, 9 do
-  local jobs, marks, run, results, kept = KEYS[k], KEYS[k + 1], KEYS[k + 2], KEYS[k + 3], KEYS[k + 4]
-  k = k + 5
-  local entry, id, status = ARGV[i], ARGV[i + 1], ARGV[i + 3]
-  local p = redis.pcall('XPENDING', jobs, group, entry, entry, 1, consumer)
-  if p.err or #p == 0 then
+--       6 S, 7 R, 8 T, then R run names, then for each job: stream (1-S), entry id, run (1-R), job id, status,
+--       prompt tokens, cached tokens, completion tokens, result stream (1-T), kept completion (0: none), payload
+-- Returns one word a job: "done"; "fenced" (the lease is another's now); "duplicate" (ended before, by this
+--       very call if its reply was lost); "forgotten" (its run was forgotten while it was queued).
+-- Keeps: one completion a job, and only from the consumer that holds its lease. A job without a mark was
+--       written by hand, or its run's marks expired: it is counted as submitted here.
+local group, consumer, field, ttl, keep_s = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4]), ARGV[5]
+local S, R, T = tonumber(ARGV[6]), tonumber(ARGV[7]), tonumber(ARGV[8])
+local runs_at, results_at = 2 + S, 2 + S + 2 * R
+local out, gone, counts, expiring = {}, {}, {}, {}
+local function count(r, name, by)
+  counts[r] = counts[r] or {}
+  if by ~= 0 then counts[r][name] = (counts[r][name] or 0) + by end
+end
+for i = 9 + R, #ARGV, 11 do
+  local s, entry, r, id = tonumber(ARGV[i]), ARGV[i + 1], tonumber(ARGV[i + 2]), ARGV[i + 3]
+  local marks = KEYS[runs_at + 2 * r - 1]
+  local mark = redis.call('HGET', marks, id)
+  local lease = redis.pcall('XPENDING', KEYS[2 + s], group, entry, entry, 1, consumer)
+  local holds = not lease.err and #lease == 1
+  if mark and mark ~= 'q' and mark ~= 'x' then
+    out[#out + 1] = 'duplicate'
+  elseif not holds then
     out[#out + 1] = 'fenced'
+  elseif mark == 'x' then
+    redis.call('HDEL', marks, id)
+    out[#out + 1] = 'forgotten'
   else
-    local mark = redis.call('HGET', marks, id)
-    if mark and mark ~= 'q' then
-      out[#out + 1] = 'duplicate'
-    else
-      redis.call('XADD', results, '*', field, ARGV[i + 8])
-      if not mark then redis.call('HINCRBY', run, 'submitted', 1) end
-      redis.call('HSET', marks, id, status)
-      redis.call('HINCRBY', run, status, 1)
-      redis.call('HINCRBY', run, 'prompt_tokens', ARGV[i + 4])
-      redis.call('HINCRBY', run, 'cached_tokens', ARGV[i + 5])
-      redis.call('HINCRBY', run, 'completion_tokens', ARGV[i + 6])
-      redis.call('EXPIRE', marks, ttl)
-      redis.call('EXPIRE', run, ttl)
-      redis.call('ZADD', KEYS[2], now, ARGV[i + 2])
-      if ARGV[i + 7] == '1' then
-        redis.call('SET', kept, ARGV[i + 8], 'EX', keep_s)
-        redis.call('EXPIRE', results, keep_s)
-      end
-      out[#out + 1] = 'done'
+    local status, t, kept = ARGV[i + 4], tonumber(ARGV[i + 8]), tonumber(ARGV[i + 9])
+    redis.call('XADD', KEYS[results_at + t], '*', field, ARGV[i + 10])
+    redis.call('HSET', marks, id, status)
+    if not mark then count(r, 'submitted', 1) end
+    count(r, status, 1)
+    count(r, 'prompt_tokens', tonumber(ARGV[i + 5]))
+    count(r, 'cached_tokens', tonumber(ARGV[i + 6]))
+    count(r, 'completion_tokens', tonumber(ARGV[i + 7]))
+    if kept > 0 then
+      redis.call('SET', KEYS[results_at + T + kept], ARGV[i + 10], 'EX', keep_s)
+      expiring[t] = true
     end
-    redis.call('XACK', jobs, group, entry)
-    redis.call('XDEL', jobs, entry)
-    redis.call('HDEL', KEYS[1], jobs .. ' ' .. entry)
+    out[#out + 1] = 'done'
+  end
+  if holds then
+    gone[s] = gone[s] or {}
+    table.insert(gone[s], entry)
   end
 end
+for s, entries in pairs(gone) do
+  local names = {}
+  for j, entry in ipairs(entries) do names[j] = KEYS[2 + s] .. ' ' .. entry end
+  redis.call('XACK', KEYS[2 + s], group, unpack(entries))
+  redis.call('XDEL', KEYS[2 + s], unpack(entries))
+  redis.call('HDEL', KEYS[1], unpack(names))
+end
+local now = redis.call('TIME')[1]
+for r, names in pairs(counts) do
+  for name, by in pairs(names) do redis.call('HINCRBY', KEYS[runs_at + 2 * r], name, by) end
+  redis.call('EXPIRE', KEYS[runs_at + 2 * r - 1], ttl)
+  redis.call('EXPIRE', KEYS[runs_at + 2 * r], ttl)
+  redis.call('ZADD', KEYS[2], now, ARGV[8 + r])
+end
+for t in pairs(expiring) do redis.call('EXPIRE', KEYS[results_at + t], keep_s) end
 return out

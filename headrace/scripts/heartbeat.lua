@@ -1,3 +1,4 @@
+#!lua flags=allow-oom
 -- Report an engine's state, stamped with the server's clock.
 -- KEYS: 1 engines
 -- ARGV: 1 engine boot id, 2 JSON of the state

@@ -1,12 +1,13 @@
--- Hand jobs to a consumer: released ones first, then new ones, the most urgent stream first.
+#!lua flags=allow-oom
+-- Hand jobs to a consumer: the most urgent stream first, and of each stream the released ones first.
 -- KEYS: 1-3 job streams, most urgent first, 4 attempts
 -- ARGV: 1 group, 2 consumer, 3 the consumer that holds released jobs, 4 count, 5 field
--- Returns for each job: stream (1-3), entry id, payload, failed deliveries so far.
--- Keeps: what is returned is pending for the consumer, and for nobody else.
+-- Returns {groups made, ghosts dropped, for each job {stream (1-3), entry id, payload, failed deliveries}}.
+-- Keeps: what is returned is pending for the consumer, and for nobody else. An entry whose payload was
+-- deleted (a ghost) leaves the pending list and is never handed out.
 local group, consumer, free, left, field = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4]), ARGV[5]
-local out = {}
+local made, ghosts, out = 0, 0, {}
 local function give(s, entry)
-  if not entry or not entry[2] then return end
   local payload = ''
   for f = 1, #entry[2], 2 do
     if entry[2][f] == field then payload = entry[2][f + 1] end
@@ -15,29 +16,29 @@ local function give(s, entry)
   out[#out + 1] = {s, entry[1], payload, tonumber(failed or 0)}
   left = left - 1
 end
-local function grouped(...)
-  local reply = redis.pcall(...)
-  if type(reply) == 'table' and reply.err then
-    if not string.find(reply.err, 'NOGROUP', 1, true) then return reply end
-    return false
-  end
-  return reply
-end
 for s = 1, 3 do
   if left <= 0 then break end
-  local released = grouped('XPENDING', KEYS[s], group, '-', '+', left, free)
-  if released == false then
+  local released = redis.pcall('XPENDING', KEYS[s], group, '-', '+', left, free)
+  if released.err then
+    if not string.find(released.err, 'NOGROUP', 1, true) then return released end
     -- first use, or the server lost its data: from the start, so that no entry is passed over
     redis.call('XGROUP', 'CREATE', KEYS[s], group, '0', 'MKSTREAM')
+    made = made + 1
     released = {}
-  elseif released.err then
-    return released
   end
   if #released > 0 then
-    local ids = {}
-    for i, p in ipairs(released) do ids[i] = p[1] end
+    local ids, gone = {}, {}
+    for i, p in ipairs(released) do
+      ids[i] = p[1]
+      gone[p[1]] = true
+    end
     for _, entry in ipairs(redis.call('XCLAIM', KEYS[s], group, consumer, 0, unpack(ids))) do
+      gone[entry[1]] = nil
       give(s, entry)
+    end
+    for id in pairs(gone) do
+      redis.call('HDEL', KEYS[4], KEYS[s] .. ' ' .. id)
+      ghosts = ghosts + 1
     end
   end
   if left > 0 then
@@ -47,4 +48,4 @@ for s = 1, 3 do
     end
   end
 end
-return out
+return {made, ghosts, out}

@@ -1,3 +1,4 @@
+#!lua flags=allow-oom
 -- Remove a consumer that holds nothing.
 -- KEYS: streams
 -- ARGV: 1 group, 2 consumer

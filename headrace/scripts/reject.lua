@@ -1,15 +1,18 @@
+#!lua
 -- End rows that could not become jobs, each once: they have a completion, and never were in a job stream.
 -- KEYS: 1 runs, then for each item: marks, counters, result stream
 -- ARGV: 1 field, 2 retention seconds, then for each item: id, run, status, payload
 -- Returns "done" or "duplicate" for each item.
--- Keeps: a marked id emits nothing a second time.
+-- Keeps: a marked id emits nothing a second time, and submitted counts what ended.
+-- Without allow-oom, as submit.
 local out = {}
 local now = redis.call('TIME')[1]
 local k = 2
 for i = 3, #ARGV, 4 do
   local marks, run, results = KEYS[k], KEYS[k + 1], KEYS[k + 2]
   k = k + 3
-  if redis.call('HEXISTS', marks, ARGV[i]) == 1 then
+  local mark = redis.call('HGET', marks, ARGV[i])
+  if mark and mark ~= 'x' then
     out[#out + 1] = 'duplicate'
   else
     redis.call('XADD', results, '*', ARGV[1], ARGV[i + 3])

@@ -1,9 +1,10 @@
+#!lua flags=allow-oom
 -- Hand leased jobs back: the next lease, by anyone, gets them first.
 -- KEYS: 1 attempts, then for each entry: its stream
 -- ARGV: 1 group, 2 consumer, 3 the consumer that holds released jobs, 4 failed deliveries to add (0 or 1),
 --       then for each entry: entry id
 -- Returns how many were still held.
--- Keeps: an entry that another consumer took stays with it.
+-- Keeps: an entry that another consumer took stays with it; no delivery is counted unless asked for.
 local n = 0
 for i = 2, #KEYS do
   local id = ARGV[3 + i]

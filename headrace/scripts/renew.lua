@@ -1,8 +1,10 @@
+#!lua flags=allow-oom
 -- Prolong leases that still stand.
 -- KEYS: for each entry: its stream
 -- ARGV: 1 group, 2 consumer, then for each entry: entry id
 -- Returns the numbers (from 1) of the entries that the consumer has lost.
--- Keeps: a lease that another consumer took is not taken back, and no delivery is counted (JUSTID).
+-- Keeps: a lease that another consumer took is not taken back (docket#250), and no delivery is counted
+-- (JUSTID).
 local lost = {}
 for i = 1, #KEYS do
   local id = ARGV[2 + i]
