@@ -50,13 +50,18 @@ class RunCalls:
     def progress(self, run: str) -> Call[RunProgress]:
         return Call(_progress, None, (), ("HGETALL", self.keys.run(run)))
 
+    def mark(self, run: str, job_id: str) -> Call[str | None]:
+        """A job's state: "q" while it is queued or runs, "x" where it was forgotten, else how it ended."""
+        args = ("HGET", self.keys.marks(run), job_id)
+        return Call(lambda mark: mark.decode() if mark else None, None, (), args)
+
     def set_total(self, run: str, total: int) -> Call[int]:
         """Say how many rows the run has in all."""
         return Call(int, None, (), ("HSET", self.keys.run(run), "total", total))
 
     def drop_marks(self, run: str, job_ids: Sequence[str]) -> Call[int]:
-        """Forget that jobs ended, for a producer that knows it from elsewhere (its output) and will not submit
-        them again: the marks of a run of any length then cost nothing. The counters stay."""
+        """Forget that jobs ended, for a producer that knows it from its output and never submits them again:
+        the marks of a run of any length then cost nothing. The counters stay."""
         return Call(int, None, (), ("HDEL", self.keys.marks(run), *job_ids))
 
     def forget_run(self, run: str) -> Flow[None]:

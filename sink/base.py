@@ -89,7 +89,9 @@ class Consumer:
     """Moves completions of one result stream into one target. One thread at a time.
 
     `results` is the stream's name (None: the lane's own), `group` the sink's name. `patience_s` is how long
-    the server may be away. Raises StoreError beyond that, and SinkError where the target cannot write.
+    the server may be away. `owns_run` names a run whose producer asks the target, not the server, which rows
+    are done: its marks are dropped as its rows become durable, so that they do not pile up.
+    Raises StoreError when the server stays away, and SinkError where the target cannot write.
     """
 
     def __init__(
@@ -100,8 +102,10 @@ class Consumer:
         group: str,
         target: Target,
         patience_s: float = math.inf,
+        owns_run: str | None = None,
     ) -> None:
         self._store, self._ledger, self._target = store, ledger, target
+        self._owns_run = owns_run
         self._results, self._group = results, group
         self._patience = Patience(patience_s)
         self._replay = True  # what an earlier process, or a lost reply, left unacknowledged comes first
@@ -126,10 +130,13 @@ class Consumer:
         """Move what is there, at most a batch; returns how many entries were acknowledged."""
         delivered = self._read(block_ms)
         if delivered:
-            self._target.write([_completion(d) for d in delivered])
+            batch = [_completion(d) for d in delivered]
+            self._target.write(batch)
             self._target.commit()
             entries = [d.entry_id for d in delivered]
             self._store.run(self._ledger.ack_results(self._results, self._group, entries))
+            if self._owns_run is not None:
+                self._store.run(self._ledger.drop_marks(self._owns_run, [c.id for c in batch]))
         return len(delivered)
 
     def lag(self) -> int:

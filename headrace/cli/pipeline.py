@@ -103,7 +103,8 @@ class _Run:
         self.ledger = Ledger(manifest.lane, int(settings.retention_days * 86_400))
         self.target = JsonlTarget(plan.output, workdir.written, plan.error_file)
         self.target.recover()
-        self.consumer = Consumer(store, self.ledger, manifest.run, "run", self.target, PATIENCE_S)
+        own = None if plan.redis else manifest.run  # on a shared server, marks are for others to see as well
+        self.consumer = Consumer(store, self.ledger, manifest.run, "run", self.target, PATIENCE_S, own)
         self.admitted = AdmittedRows(workdir.rows, manifest.passes)
         self.loader = Loader(
             store,

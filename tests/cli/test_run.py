@@ -241,11 +241,20 @@ def test_state_that_was_lost_costs_work_but_no_row(job: Job, lost: str) -> None:
     assert Counter(job.ids()) == Counter(f"q-{i}" for i in range(1500))
 
 
-def test_rows_whose_answers_were_thrown_away_are_named_instead_of_awaited(job: Job) -> None:
+def test_an_output_that_was_deleted_is_made_again(job: Job) -> None:
     job.write_many(20)
     assert job.run().code == 0
     job.output.unlink()
-    result = job.run()
+    assert job.run().code == 0
+    assert len(job.ids()) == 20
+
+
+def test_rows_whose_answers_were_thrown_away_are_named_instead_of_awaited(job: Job, tmp_path: Path) -> None:
+    job.write_many(20)
+    with EmbeddedServer(tmp_path / "elsewhere") as server:  # it remembers that they ended, for others
+        assert job.run(f"redis={server.url}").code == 0
+        job.output.unlink()
+        result = job.run(f"redis={server.url}")
     assert result.code == 1
     assert "20 rows ended in an earlier run" in result.err
     assert "--fresh" in result.err
@@ -268,7 +277,7 @@ def test_a_full_disk_ends_the_run_clearly_and_room_lets_it_continue(job: Job) ->
 
 def test_two_runs_cannot_write_one_output(job: Job) -> None:
     job.write_many(1000)
-    process = job.start(engine="--per-second 300")
+    process = job.start(engine="--per-second 20")
     wait_for(job.ids)
     for more in ([], ["fresh=1"]):
         result = job.run(*more)
