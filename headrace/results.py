@@ -75,6 +75,15 @@ class ResultCalls:
         """The completion of a job that an application awaits, for a while after its end."""
         return Call(lambda raw: raw, None, (), ("GET", self.keys.kept(job_id)))
 
+    def read_replies(self, name: str, after: str, block_ms: int) -> Call[list[Delivered]]:
+        """Completions of an application's own stream after an entry; at most `block_ms` (at least 1) long."""
+        command = ("XREAD", "COUNT", PAGE, "BLOCK", block_ms, "STREAMS", self.keys.results(name), after)
+        return Call(_delivered, None, (), command, "once")
+
+    def drop_replies(self, name: str, entry_ids: Sequence[str]) -> Call[int]:
+        """Delete what an application has taken from its own stream."""
+        return Call(int, None, (), ("XDEL", self.keys.results(name), *entry_ids))
+
 
 def _delivered(reply: Any) -> list[Delivered]:
     return [

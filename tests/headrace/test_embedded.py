@@ -1,0 +1,86 @@
+"""The embedded server: what it acknowledged survives kill -9, and nobody shares its folder."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import redis
+
+from headrace.embedded import EmbeddedServer
+from headrace.errors import StoreError
+
+LINGERING = """
+import sys, os
+from headrace.embedded import EmbeddedServer
+import headrace.embedded as e
+e._LAUNCH = "import os, sys; os.execv(sys.argv[2], sys.argv[2:])"
+server = EmbeddedServer(sys.argv[1])
+print(server.pid, flush=True)
+os._exit(0)
+"""
+
+
+def test_what_was_acknowledged_survives_kill_9(tmp_path: Path) -> None:
+    with EmbeddedServer(tmp_path) as server:
+        client = redis.Redis.from_url(server.url, retry=None)
+        for i in range(500):
+            client.xadd("s", {"i": i})
+        os.kill(server.pid, signal.SIGKILL)
+    with EmbeddedServer(tmp_path) as server:
+        assert redis.Redis.from_url(server.url).xlen("s") == 500
+
+
+def test_a_torn_append_only_file_is_loaded(tmp_path: Path) -> None:
+    with EmbeddedServer(tmp_path) as server:
+        redis.Redis.from_url(server.url).set("a", "1")
+    tail = next((tmp_path / "appendonlydir").glob("*.incr.aof"))
+    with open(tail, "ab") as f:
+        f.write(b"*3\r\n$3\r\nSET\r\n$1")
+    with EmbeddedServer(tmp_path) as server:
+        assert redis.Redis.from_url(server.url).get("a") == b"1"
+
+
+def test_it_dies_with_its_parent(tmp_path: Path) -> None:
+    program = (
+        "import sys, time\nfrom headrace.embedded import EmbeddedServer\n"
+        "s = EmbeddedServer(sys.argv[1])\nprint(s.pid, flush=True)\ntime.sleep(60)"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", program, tmp_path], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    pid = int(parent.stdout.readline())
+    parent.kill()
+    parent.wait()
+    _gone(pid)
+
+
+def test_a_server_that_was_left_running_is_replaced(tmp_path: Path) -> None:
+    left = subprocess.run(
+        [sys.executable, "-c", LINGERING, str(tmp_path)], capture_output=True, text=True, check=True
+    )
+    old = int(left.stdout)
+    assert psutil.pid_exists(old)
+    with EmbeddedServer(tmp_path) as server:
+        assert server.pid != old
+        _gone(old)
+        assert redis.Redis.from_url(server.url).ping()
+
+
+def test_a_folder_in_use_is_refused_by_the_number_of_its_process(tmp_path: Path) -> None:
+    with EmbeddedServer(tmp_path), pytest.raises(StoreError, match=f"in use by process {os.getpid()}"):
+        EmbeddedServer(tmp_path)
+    with EmbeddedServer(tmp_path):
+        pass
+
+
+def _gone(pid: int) -> None:
+    deadline = time.monotonic() + 20
+    while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
