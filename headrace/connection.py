@@ -88,7 +88,8 @@ def connect(url: str, allow_volatile: bool = False) -> Connections:
     except (rx.RedisError, OSError) as e:
         raise _unreachable(shown, e) from None
     check(info, shown, allow_volatile)
-    return Connections(*clients, shown=shown)
+    idempotent, once, renewal = clients
+    return Connections(idempotent, once, renewal, shown)
 
 
 async def connect_async(url: str, allow_volatile: bool = False) -> AsyncConnections:
@@ -109,7 +110,8 @@ async def connect_async(url: str, allow_volatile: bool = False) -> AsyncConnecti
     except (rx.RedisError, OSError) as e:
         raise _unreachable(shown, e) from None
     check(info, shown, allow_volatile)
-    return AsyncConnections(*clients, shown=shown)
+    idempotent, once = clients
+    return AsyncConnections(idempotent, once, shown)
 
 
 #: RESP2 keeps replies to scripts the same on every server and redis-py version.

@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import IO, Any
 
 import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 from headrace.errors import StoreError
 
@@ -115,7 +117,7 @@ class EmbeddedServer:
             stderr=subprocess.DEVNULL,
             start_new_session=True,  # Ctrl-C is for the process that uses it
         )
-        client = redis.Redis(unix_socket_path=self.socket, retry=None)
+        client = redis.Redis(unix_socket_path=self.socket, retry=Retry(NoBackoff(), 0))
         deadline = time.monotonic() + START_TIMEOUT_S
         try:
             while True:

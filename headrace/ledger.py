@@ -94,7 +94,8 @@ class Ledger(ResultCalls, RunCalls):
         """End rows that could not become jobs. "done" or "duplicate" each."""
         states: list[str] = []
         for part in _batches([(c, c.to_bytes()) for c in completions]):
-            keys, args = [self.keys.runs], [FIELD, self.retention_s]
+            keys: list[str] = [self.keys.runs]
+            args: list[Any] = [FIELD, self.retention_s]
             for c, raw in part:
                 keys += (self.keys.marks(c.run), self.keys.run(c.run), self.keys.results(c.reply_to))
                 args += (c.id, c.run, c.status.value, raw)
@@ -126,7 +127,16 @@ class Ledger(ResultCalls, RunCalls):
         """
         positions = yield Call(_words, script("position"), self._streams, (GROUP,))
         block = min(max(block_ms, 1), MAX_BLOCK_MS)  # 0 would block for ever
-        command = ("XREAD", "COUNT", 1, "BLOCK", block, "STREAMS", *self._streams, *positions)
+        command: tuple[Any, ...] = (
+            "XREAD",
+            "COUNT",
+            1,
+            "BLOCK",
+            block,
+            "STREAMS",
+            *self._streams,
+            *positions,
+        )
         if not (yield Call(bool, None, (), command, "once")):
             return []
         return (yield self.lease(consumer, count))

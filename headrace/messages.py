@@ -184,7 +184,7 @@ class Job(_Strict):
     Raises InvalidJob from `Job.parse` and `Job.build`; `id` names the job for ever.
     """
 
-    v: Literal[1] = VERSION
+    v: Literal[1] = 1
     id: Name
     run: Name
     lane: Name

@@ -93,7 +93,7 @@ def _as_field(name: str, value: Any) -> Any:
     """The value in its field's type; text from the environment is read as that type."""
     if name not in _FIELDS:
         raise SettingsError(f"unknown setting {name}; known: {', '.join(_FIELDS)}")
-    kind = type(_FIELDS[name].default)
+    kind: type[Any] = type(_FIELDS[name].default)
     try:
         if kind is bool and isinstance(value, str):
             return {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}[

@@ -82,7 +82,7 @@ def test_a_job_is_finished_once(lane: Lane) -> None:
     lane.submit("a")
     leased = lane.lease()
     assert lane.finish(leased + leased) == ["done", "duplicate"]
-    assert lane.finish(leased) == ["fenced"]
+    assert lane.finish(leased) == ["duplicate"]
     assert len(lane.results()) == 1
     assert lane.run(lane.ledger.progress("r")).ok == 1
 
