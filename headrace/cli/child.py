@@ -73,7 +73,7 @@ class Engine:
         never_up = self._finished == 0 and self._process.returncode == 1
         if never_up or self.restarts >= MAX_RESTARTS:
             tried = "" if never_up else f" ({self.restarts} restarts finished no row)"
-            raise CommandError(f"{reason}{tried}; the engine's log is {self.log}")
+            raise CommandError(f"{reason.rstrip('.')}{tried}; the engine's log is {self.log}")
         self.restarts += 1
         self.start()
         return reason

@@ -81,7 +81,7 @@ def execute(plan: RunPlan) -> Outcome:
         stack.enter_context(workdir.locked())
         if plan.redis:
             connect(plan.redis, settings.allow_volatile).close()  # before the manifest says that a run began
-        if plan.fresh:
+        if plan.fresh or workdir.nothing_written(plan.error_file):
             _forget(plan, workdir, settings)
         manifest = workdir.begin(plan.model, plan.fingerprint, plan.run, plan.lane)
         interrupts = stack.enter_context(_interrupts())

@@ -113,12 +113,12 @@ def summary(rows: Mapping[str, int], snapshot: Snapshot, made: int, seconds: flo
 
 
 def _facts(snapshot: Snapshot, rates: Rates) -> str:
+    if snapshot.state:
+        return snapshot.state
     parts = [f"{rates.rows:,.1f} rows/s", f"{rates.tokens:,.0f} tokens/s", f"{snapshot.failed:,} failed"]
     parts.append(f"prefix hits {snapshot.hit_rate:.0%}")
     left = rates.left(snapshot)
-    if snapshot.state:
-        parts.append(snapshot.state)
-    elif left is not None:
+    if left is not None:
         parts.append(f"{_duration(left)} left")
     return ", ".join(parts)
 

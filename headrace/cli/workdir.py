@@ -114,6 +114,11 @@ class Workdir:
         except (ValueError, TypeError) as e:
             raise CommandError(f"{self.manifest} is damaged ({e}): --fresh starts over") from None
 
+    def nothing_written(self, error_file: Path | None) -> bool:
+        """Whether an earlier pass left no row, so that starting over costs nothing and permits any change."""
+        files = [self.output] if error_file is None else [self.output, error_file]
+        return self.manifest.exists() and not any(f.exists() and f.stat().st_size for f in files)
+
     def begin(self, model: str, fingerprint: str, run: str | None, lane: str | None) -> Manifest:
         """The manifest of this pass, written down. Raises CommandError where it cannot continue the last."""
         last = self.previous()

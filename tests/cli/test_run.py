@@ -217,6 +217,15 @@ def test_another_model_is_refused(job: Job) -> None:
     assert job.run("fresh=1", model="other").code == 0
 
 
+def test_after_a_start_that_failed_everything_may_change(job: Job) -> None:
+    job.write({"custom_id": "a", "prompt": "one"})
+    assert job.run(engine="--fail-at-start", model="broken").code == 1
+    job.write({"custom_id": "a", "prompt": "two"})
+    result = job.run(model="mended")
+    assert result.code == 0, result.err
+    assert job.rows()[0]["response"]["body"]["choices"][0]["text"] == "two"
+
+
 def test_an_output_of_unknown_origin_is_not_overwritten(job: Job) -> None:
     job.write({"prompt": "a"})
     job.output.write_text("precious\n")
@@ -253,10 +262,11 @@ def test_rows_whose_answers_were_thrown_away_are_named_instead_of_awaited(job: J
     job.write_many(20)
     with EmbeddedServer(tmp_path / "elsewhere") as server:  # it remembers that they ended, for others
         assert job.run(f"redis={server.url}").code == 0
-        job.output.unlink()
+        first = job.output.read_bytes().splitlines(keepends=True)[0]
+        job.output.write_bytes(first)
         result = job.run(f"redis={server.url}")
     assert result.code == 1
-    assert "20 rows ended in an earlier run" in result.err
+    assert "19 rows ended in an earlier run" in result.err
     assert "--fresh" in result.err
 
 
