@@ -193,7 +193,7 @@ class Ledger(ResultCalls, RunCalls):
         n = 0
         for part in _parts(leased):
             keys = (self.keys.attempts, *(one.stream for one in part))
-            args = (GROUP, consumer, FREE, int(failed), *(one.entry_id for one in part))
+            args: tuple[Any, ...] = (GROUP, consumer, FREE, int(failed), *(one.entry_id for one in part))
             n += yield Call(int, script("release"), keys, args)
         return n
 
