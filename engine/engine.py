@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from functools import partial
 from time import monotonic, perf_counter
 
 from engine.config import EngineConfig, ModelSpec, context_length
 from engine.errors import EngineError, InvalidRequest
 from engine.exec.base import Executor, RankReport
+from engine.models.registry import prefix_salt
 from engine.request import Request
 from engine.sched.admission import Limits
 from engine.sched.flight import fail
@@ -191,6 +193,7 @@ class Engine:
             config.max_num_batched_tokens,
             self.stats,
             cache_prefixes=config.enable_prefix_caching,
+            salt_of=partial(prefix_salt, self.spec),
         )
 
     def _take_inbox(self, scheduler: Scheduler) -> None:

@@ -69,16 +69,18 @@ def read_spec(folder: str | Path) -> ModelSpec:
 
 
 def prefix_salt(spec: ModelSpec, prompt_len: int) -> bytes:
-    """What must salt the prefix cache of a prompt beside its tokens.
+    """What must salt the prefix cache of a prompt beside its tokens and its tenant.
 
-    Empty, except where keys are rotated for the prompt's length (see `engine.models.rope`): rows of
-    different rotation must not share blocks.
+    Empty for all but the models whose keys are rotated for the prompt's length (`engine.models.rope`):
+    rows of different rotation must not share blocks. Always as many bytes for one model, so that it can
+    be appended to any salt without two of them meeting.
     """
-    if spec.rope.kind == "dynamic" and prompt_len > spec.rope.params["max_position"]:
-        return b"rope:%d" % prompt_len
-    if spec.rope.kind == "qwen_ntk" and prompt_len > spec.rope.params["train_length"]:
-        doublings = (-(-prompt_len // spec.rope.params["train_length"]) - 1).bit_length()
-        return b"ntk:%d" % doublings
+    rope = spec.rope
+    if rope.kind == "dynamic":
+        return (prompt_len if prompt_len > rope.params["max_position"] else 0).to_bytes(4, "big")
+    if rope.kind == "qwen_ntk":
+        doublings = (-(-prompt_len // rope.params["train_length"]) - 1).bit_length()
+        return doublings.to_bytes(4, "big")
     return b""
 
 

@@ -45,14 +45,16 @@ class Scheduler:
         *,
         cache_prefixes: bool = True,
         hash_: Callable[[bytes], bytes] = sha256,
+        salt_of: Callable[[int], bytes] = lambda prompt_len: b"",
     ) -> None:
-        """`budget`: tokens that one step may compute; `hash_` names prefix blocks (tests make it collide)."""
+        """`budget`: tokens that one step may compute; `hash_` names prefix blocks (tests make it collide);
+        `salt_of`: `engine.models.registry.prefix_salt` of the model."""
         self.limits = limits
         self.stats = stats
         self.budget = budget
         self.max_rows = max_rows
         self.block_size = limits.block_size
-        self.sharing = Sharing(limits.kv_blocks + 1, limits.block_size, cache_prefixes, hash_)
+        self.sharing = Sharing(limits.kv_blocks + 1, limits.block_size, cache_prefixes, hash_, salt_of)
         self.pool = self.sharing.pool
         self.waiting = Waiting()
         self.running: list[Request] = []  # by priority, then arrival: the last is the first to be preempted

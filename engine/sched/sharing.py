@@ -24,12 +24,19 @@ class Sharing:
     """The prefix cache of one engine, seen from its rows; owns the block pool that it shares out."""
 
     def __init__(
-        self, num_blocks: int, block_size: int, enabled: bool, hash_: Callable[[bytes], bytes]
+        self,
+        num_blocks: int,
+        block_size: int,
+        enabled: bool,
+        hash_: Callable[[bytes], bytes],
+        salt_of: Callable[[int], bytes],
     ) -> None:
+        """`salt_of(prompt length)` keeps prompts apart whose keys the model rotates differently."""
         self.enabled = enabled
         self.block_size = block_size
         self.prefix = PrefixCache(block_size, hash_)
         self.pool = BlockPool(num_blocks, self.prefix.forget)
+        self._salt_of = salt_of
         self._computing: Counter[bytes] = Counter()  # prefix blocks that plans on their way compute
 
     def hits(self, req: Request) -> tuple[list[int], int | bytes] | None:
@@ -42,7 +49,7 @@ class Sharing:
         if not self.enabled:
             return [], req.salt
         if req.chain is None:
-            req.chain = self.prefix.chain(req.prompt, req.output, req.salt)
+            req.chain = self.prefix.chain(req.prompt, req.output, req.salt + self._salt_of(len(req.prompt)))
         chain = req.chain
         if chain.awaited in self._computing and chain.waited < PATIENCE:
             chain.waited += 1

@@ -10,8 +10,12 @@ import torch
 import transformers
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from engine.config import EngineConfig
+from engine.engine import Engine
+from engine.exec.inproc import InprocExecutor
 from engine.models.registry import read_spec
 from engine.models.rope import Rope, rotate
+from engine.request import Request, Sampling
 from tests.engine.model import drive, qwen1, tiny
 
 CPU = torch.device("cpu")
@@ -93,6 +97,23 @@ def test_qwen1_rows_of_different_length_share_a_batch(tmp_path: Path) -> None:
     for row, prompt in prompts.items():
         got = driver.tokens[row][len(prompt) :]
         assert got == reference.generate(prompt, len(got)), f"row {row}"
+
+
+def test_the_prefix_cache_never_mixes_rotations(tmp_path: Path) -> None:
+    """Prompts with a common beginning on both sides of the trained length, one after the other."""
+    reference = tiny.build_qwen1(tmp_path)
+    config = EngineConfig(str(tmp_path), num_kv_blocks=64, block_size=4, num_threads=1)
+    engine = Engine(config, read_spec(tmp_path), InprocExecutor(config, read_spec(tmp_path)))
+    engine.start()
+    long = tiny.prompt(70)
+    for i, length in enumerate((28, 50, 70, 30, 60)):
+        request = Request(f"r{i}", long[:length], Sampling(max_tokens=6, temperature=0.0))
+        engine.add(request)
+        while engine.has_work:
+            engine.step()
+        assert request.output == reference.generate(long[:length], 6), f"prompt of {length}"
+    assert request.cached >= 48, "prompts of equal rotation still share"
+    engine.stop()
 
 
 def test_partial_rotation_leaves_the_other_dimensions_alone() -> None:
