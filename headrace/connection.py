@@ -119,7 +119,6 @@ _COMMON: dict[str, Any] = {
     "decode_responses": False,
     "protocol": 2,
     "socket_connect_timeout": TIMEOUT_S,
-    "retry_on_error": [rx.BusyLoadingError],
 }
 
 
