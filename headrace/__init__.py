@@ -1,18 +1,26 @@
-"""What applications import, and the contract all parts share."""
+"""What applications import, and the contract all parts share.
 
-from headrace.client import Client, SyncClient
-from headrace.errors import (
-    HeadraceError,
-    InvalidJob,
-    LaneFull,
-    ResultExpired,
-    SettingsError,
-    StoreError,
-    StoreFull,
-    StoreUnavailable,
-)
-from headrace.ledger import RunProgress
-from headrace.messages import Completion, Job, Kind, Message, Priority, SamplingParams, Status
+Names are loaded when they are first used (PEP 562), so that `headrace --help` does not import redis and
+pydantic.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from headrace.client import Client, SyncClient
+    from headrace.errors import (
+        HeadraceError,
+        InvalidJob,
+        LaneFull,
+        ResultExpired,
+        SettingsError,
+        StoreError,
+        StoreFull,
+        StoreUnavailable,
+    )
+    from headrace.ledger import RunProgress
+    from headrace.messages import Completion, Job, Kind, Message, Priority, SamplingParams, Status
 
 __all__ = [
     "Client",
@@ -34,3 +42,19 @@ __all__ = [
     "StoreUnavailable",
     "SyncClient",
 ]
+
+#: Where the names live, the cheapest to import first.
+_HOMES = ("errors", "messages", "ledger", "client")
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        for home in _HOMES:
+            module = import_module(f"headrace.{home}")
+            if hasattr(module, name):
+                return getattr(module, name)
+    raise AttributeError(f"module 'headrace' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

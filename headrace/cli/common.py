@@ -126,6 +126,13 @@ def settings(args: argparse.Namespace) -> Settings:
     return Settings.load({name: getattr(args, name) for name in ("redis", "lane", "allow_volatile")})
 
 
+def log_to_stderr() -> None:
+    """One line an event, for processes that run long and that operators read."""
+    import logging
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+
+
 def name_from(path: str) -> str:
     """A run or group name made from a file's path: readable, stable for the path, safe in keys."""
     resolved = str(Path(path).resolve())

@@ -3,8 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import logging
 
-from headrace.cli.common import add_engine_flags, add_queue_flags, engine_config, given_engine_flags, settings
+from headrace.cli.common import (
+    CommandError,
+    add_engine_flags,
+    add_queue_flags,
+    engine_config,
+    given_engine_flags,
+    log_to_stderr,
+    settings,
+)
+from headrace.errors import HeadraceError
 
 _EPILOG = """SIGTERM stops intake, finishes what runs within the drain time and hands the rest back; a second
 SIGTERM hands everything back at once. Several engines may serve one lane.
@@ -32,9 +42,14 @@ def command(args: argparse.Namespace) -> int:
     from headrace.cli.child import die_with_parent
 
     die_with_parent()
-    import logging
-
+    log_to_stderr()
+    from engine.errors import EngineError
     from engine.service import serve
 
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    return serve(engine_config(args.model, given_engine_flags(args)), settings(args))
+    try:
+        return serve(engine_config(args.model, given_engine_flags(args)), settings(args))
+    except (EngineError, HeadraceError):
+        raise
+    except Exception as e:  # a fault of ours or of a library: the log keeps where it came from
+        logging.getLogger("headrace.engine").exception("engine_failed")
+        raise CommandError(f"the engine failed: {type(e).__name__}: {e}") from e

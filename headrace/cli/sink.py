@@ -10,7 +10,7 @@ import sys
 import threading
 from pathlib import Path
 
-from headrace.cli.common import OK, CommandError, add_queue_flags, settings
+from headrace.cli.common import OK, CommandError, add_queue_flags, log_to_stderr, settings
 
 _EPILOG = """Every completion is written once and acknowledged after it is on the disk. Sinks with different
 --group names each get all completions; an entry leaves the server when all groups have it.
@@ -53,6 +53,7 @@ def command(args: argparse.Namespace) -> int:
 
     if not args.until_idle > 0:
         raise CommandError(f"--until-idle {args.until_idle} must be above 0 seconds")
+    log_to_stderr()
     chosen = settings(args)
     workdir = Workdir(args.output)
     workdir.check()

@@ -16,7 +16,10 @@ import pytest
 from headrace.cli.demo import table
 from headrace.cli.main import main
 from headrace.embedded import EmbeddedServer
-from tests.cli.trees import ECHO_ENGINE, ENV, Job, ended, wait_for
+from headrace.messages import Completion
+from producer.lines import open_input, read_lines
+from producer.load import parser_for
+from tests.cli.trees import ECHO_ENGINE, ENV, ROOT, Job, ended, wait_for
 
 
 @pytest.fixture
@@ -191,3 +194,14 @@ def test_the_demo_table_counts_exact_answers_by_task() -> None:
         "sum                   1 of    2    50.0%",
         "answered exactly      2 of    4    50.0%",
     ]
+
+
+@pytest.mark.parametrize("name", ["batch.jsonl", "rows.jsonl", "prompts.txt", "questions.jsonl"])
+def test_the_shipped_inputs_hold_no_bad_row(name: str) -> None:
+    path = str(ROOT / "examples" / name)
+    parser = parser_for(path, "run", "lane", None)
+    with open_input(path) as stream:
+        rows = [parser.parse(line) for line in read_lines(stream)]
+    assert len(rows) >= 3
+    assert len({row.key for row in rows}) == len(rows)
+    assert [row.item.error for row in rows if isinstance(row.item, Completion)] == []
