@@ -14,9 +14,10 @@ import os
 import socket
 import time
 
+import numpy as np
 import torch
 
-from engine.attn.base import AttentionBackend, attn_shape, choose
+from engine.attn.base import AttentionBackend, AttnStep, attn_shape, choose
 from engine.config import EngineConfig, ModelSpec, context_length
 from engine.errors import CheckpointError, ConfigError
 from engine.exec.base import RankReport
@@ -99,6 +100,8 @@ class Worker:
         kv_heads = owned(self.spec.num_kv_heads, self.rank, self.world)[1]
         shape = attn_shape(self.spec, heads, kv_heads, self.config.block_size, self.dtype, self.device)
         self.attention, reason = choose(shape)
+        if self.device.type == "cuda":
+            self.run_largest_step()
         row_blocks = -(-self.max_len // self.config.block_size)
         blocks = kv_blocks(
             self.config, shape.block_bytes, row_blocks * self.config.max_num_seqs, self.world, self.device
@@ -124,6 +127,29 @@ class Worker:
         self.sampler = Sampler(
             self.comm, self.spec.vocab_size, head.start, head.end, self.config.max_num_seqs, self.device
         )
+
+    @torch.inference_mode()
+    def run_largest_step(self) -> None:
+        """Compute a step of max_num_batched_tokens over a pool of the null block alone.
+
+        torch keeps the memory that its activations took, so the pool is counted from what is left.
+        """
+        tokens = self.config.max_num_batched_tokens
+        self.attention.allocate(1)
+        positions_T = torch.arange(tokens, device=self.device) % self.max_len
+        size = self.config.block_size
+        step = AttnStep(
+            np.zeros(1, np.int64),
+            np.full(1, tokens, np.int64),
+            np.array([0, tokens], np.int64),
+            torch.zeros(1, -(-tokens // size), dtype=torch.int32, device=self.device),
+            positions_T % size,
+        )
+        self.attention.begin(step)
+        x_TD = self.model.forward(
+            positions_T % self.spec.vocab_size, positions_T, positions_T, self.attention
+        )
+        self.model.logits(x_TD[: self.config.max_num_seqs]).float()
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepResult | None:

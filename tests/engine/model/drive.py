@@ -13,32 +13,45 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 
+from engine.attn.sdpa import SdpaBackend
 from engine.config import EngineConfig
+from engine.exec.base import RankReport
 from engine.exec.wire import NewRow, RowStep, StepPlan, StepResult
+from engine.load.shards import vocab_range
 from engine.models.registry import read_spec
 from engine.request import Sampling
-from engine.worker.batch import build
 from engine.worker.worker import Worker
 
 GREEDY = Sampling(temperature=0.0)
 
 
 class Probe(Worker):
-    """A worker that can also show the logits of every token of a step."""
+    """A worker that can also show the logits of every token of its last step."""
+
+    def load(self) -> RankReport:
+        report = super().load()
+        forward = self.model.forward
+
+        def remembering(*args: Any) -> torch.Tensor:
+            self.x_TD = forward(*args)
+            return self.x_TD
+
+        self.model.forward = remembering  # type: ignore[method-assign]
+        return report
+
+    @torch.inference_mode()
+    def last_logits(self, tokens: int) -> torch.Tensor:
+        """[tokens, vocabulary] of the last step, gathered over the ranks: all of them must call this."""
+        start, end, size = vocab_range(self.spec.vocab_size, self.rank, self.world)
+        rows = torch.zeros(tokens, size)
+        rows[:, : end - start] = self._logits(self.x_TD, torch.arange(tokens))
+        gathered = self.comm.all_gather(rows)
+        return gathered.transpose(0, 1).reshape(tokens, -1)[:, : self.spec.vocab_size]
 
     def probe(self, plan: StepPlan) -> torch.Tensor:
-        """Run the plan's forward pass and gather the logits of all its tokens (tests only)."""
-        self.rows.apply(plan)
-        with torch.inference_mode():
-            batch = build(plan, self.rows, self.config.block_size, self.device)
-            self.attention.begin(batch.attn)
-            x_TD = self.model.forward(batch.ids_T, batch.positions_T, batch.prompt_lens_T, self.attention)
-            mine = self._logits(x_TD, torch.arange(plan.tokens))
-            head = self.model.head
-            rows = torch.zeros(plan.tokens, self.model.head.weight.shape[0])
-            rows[:, : head.end - head.start] = mine
-            gathered = self.comm.all_gather(rows)
-        return gathered.transpose(0, 1).reshape(plan.tokens, -1)[:, : self.spec.vocab_size]
+        """Run a plan for its logits only."""
+        self.run(plan)
+        return self.last_logits(plan.tokens)
 
 
 class Driver:
@@ -115,9 +128,12 @@ class Driver:
 
 def worker(
     folder: Path | str, rank: int = 0, world: int = 1, init_method: str | None = None, num_blocks: int = 64,
-    group: Worker | None = None, **settings: Any,
+    group: Worker | None = None, sdpa: bool = False, **settings: Any,
 ) -> Probe:  # fmt: skip
-    """A ready worker with `num_blocks` KV blocks; joins the group of an earlier worker of this process."""
+    """A ready worker with `num_blocks` KV blocks; joins the group of an earlier worker of this process.
+
+    `sdpa` takes the oracle's attention, whatever this machine would choose.
+    """
     settings = {"num_threads": 1, "max_num_seqs": 64} | settings
     executor = "ray" if world > 1 else "inproc"
     config = EngineConfig(
@@ -129,6 +145,8 @@ def worker(
     else:
         w.device, w.dtype, w.comm = group.device, group.dtype, group.comm
     w.load()
+    if sdpa:
+        w.attention = SdpaBackend(w.attention.shape)
     w.allocate(num_blocks)
     return w
 

@@ -23,9 +23,15 @@ def folder(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(params=["chosen", "sdpa"])
+def sdpa(request: Any) -> bool:
+    """Both the attention that this machine chooses and the oracle must keep the promise."""
+    return request.param == "sdpa"
+
+
 @pytest.fixture(params=["float32", "bfloat16"])
-def worker(request: Any, folder: Path) -> drive.Probe:
-    return drive.worker(folder, dtype=request.param, num_blocks=1024)
+def worker(request: Any, folder: Path, sdpa: bool) -> drive.Probe:
+    return drive.worker(folder, dtype=request.param, num_blocks=1024, sdpa=sdpa)
 
 
 def alone(worker: drive.Probe, tokens: list[int]) -> torch.Tensor:
@@ -89,9 +95,9 @@ def test_one_token_steps_equal_one_step(worker: drive.Probe) -> None:
 
 
 @pytest.mark.parametrize("block_size", [2, 8, 24])
-def test_block_size_changes_no_bit(folder: Path, block_size: int) -> None:
-    expected = alone(drive.worker(folder, num_blocks=1024), PROMPT)
-    worker = drive.worker(folder, num_blocks=1024, block_size=block_size)
+def test_block_size_changes_no_bit(folder: Path, sdpa: bool, block_size: int) -> None:
+    expected = alone(drive.worker(folder, num_blocks=1024, sdpa=sdpa), PROMPT)
+    worker = drive.worker(folder, num_blocks=1024, block_size=block_size, sdpa=sdpa)
     assert torch.equal(alone(worker, PROMPT), expected)
     driver = drive.Driver(worker, 1024)
     driver.enter(0, PROMPT)

@@ -16,11 +16,11 @@ import torch
 from tests.engine.model import drive, tiny
 
 CHUNKS = (1, 3, 8, 1000)
-PROMPT = tiny.prompt(37)  # longer than the sliding windows and than Qwen-1's trained length of 32
+PROMPT = tiny.prompt(21)  # longer than the sliding windows and than Qwen-1's trained length
 NEW = 12
 #: Qwen-1 checkpoints: its own settings, and one with every bias and without NTK and log-n.
 QWEN1: dict[str, dict[str, Any]] = {
-    "qwen1": {},
+    "qwen1": {"seq_length": 16},
     "qwen1-biased": {"no_bias": False, "use_dynamic_ntk": False, "use_logn_attn": False, "seq_length": 512},
 }
 NAMES = [*tiny.FAMILIES, *QWEN1]
@@ -30,25 +30,27 @@ NAMES = [*tiny.FAMILIES, *QWEN1]
 def golden(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[Path, dict[str, tuple[torch.Tensor, list[int]]]]:
-    """(folder of checkpoints, the references' logits of the prompt and greedy continuation)."""
+    """(folder of checkpoints, each reference's greedy continuation and the logits of the whole)."""
     folder = tmp_path_factory.mktemp("golden")
     expected = {}
     for name in tiny.FAMILIES:
         model = tiny.build(folder / name, name)
-        ids = torch.tensor([PROMPT])
         with torch.no_grad():
-            logits = model(ids).logits[0]
-            greedy = model.generate(ids, max_new_tokens=NEW, do_sample=False, eos_token_id=None)
-        expected[name] = logits, greedy[0, len(PROMPT) :].tolist()
+            ids = model.generate(
+                torch.tensor([PROMPT]), max_new_tokens=NEW, do_sample=False, eos_token_id=None
+            )
+            logits = model(ids[:, :-1]).logits[0]
+        expected[name] = logits, ids[0, len(PROMPT) :].tolist()
     for name, changes in QWEN1.items():
         reference = tiny.build_qwen1(folder / name, **changes)
-        expected[name] = reference.logits(PROMPT, len(PROMPT)), reference.generate(PROMPT, NEW)
+        greedy = reference.generate(PROMPT, NEW)
+        expected[name] = reference.logits(PROMPT + greedy[:-1], len(PROMPT)), greedy
     return folder, expected
 
 
 @pytest.fixture(scope="module")
 def answers(golden: Any) -> dict[int, dict[str, dict[int, tuple[torch.Tensor, list[int]]]]]:
-    """By TP size, name and chunk: (prompt logits, greedy ids)."""
+    """By TP size, name and chunk: (logits of prompt and continuation, greedy ids)."""
     folder, _ = golden
     rank_answers(0, 1, None, folder)
     for world in (2, 4):
@@ -61,19 +63,16 @@ def rank_answers(rank: int, world: int, init_method: str | None, folder: Path) -
     out: dict[str, dict[int, tuple[torch.Tensor, list[int]]]] = {}
     group = None
     for name in NAMES:
-        w = drive.worker(folder / name, rank, world, init_method, group=group)
+        # Two ranks take the oracle's attention, the others what this machine chooses.
+        w = drive.worker(folder / name, rank, world, init_method, group=group, sdpa=world == 2)
         group = w
         driver = drive.Driver(w, 64)
         logits: list[list[torch.Tensor]] = [[] for _ in CHUNKS]
-        for counts in prefill(driver):
-            for row, part in zip(counts, w.probe(driver.plan(counts)).split([*counts.values()]), strict=True):
-                logits[row].append(part)
-        for row in range(len(CHUNKS)):
-            driver.leave(row)
-        for counts in prefill(driver):
+        for counts in steps(driver):
             driver.run(counts)
-        for _ in range(NEW - 1):
-            driver.run(dict.fromkeys(range(len(CHUNKS)), 1))
+            parts = w.last_logits(sum(counts.values())).split([*counts.values()])
+            for row, part in zip(counts, parts, strict=True):
+                logits[row].append(part)
         out[name] = {
             chunk: (torch.cat(logits[row]), driver.leave(row)[-NEW:]) for row, chunk in enumerate(CHUNKS)
         }
@@ -83,17 +82,18 @@ def rank_answers(rank: int, world: int, init_method: str | None, folder: Path) -
         torch.save(out, folder / f"tp{world}.pt")
 
 
-def prefill(driver: drive.Driver) -> Iterator[dict[int, int]]:
-    """Steps that compute PROMPT in one row per chunk size, side by side, all ending in the last step."""
+def steps(driver: drive.Driver) -> Iterator[dict[int, int]]:
+    """Compute PROMPT in one row per chunk size, side by side, all ending in the same step; then decode."""
     for row in range(len(CHUNKS)):
         driver.enter(row, PROMPT)
     for left in range(len(PROMPT), 0, -1):
-        counts = {
+        yield {
             row: min(chunk, len(PROMPT) - driver.computed[row])
             for row, chunk in enumerate(CHUNKS)
             if -(-len(PROMPT) // chunk) >= left
         }
-        yield counts
+    for _ in range(NEW - 1):
+        yield dict.fromkeys(range(len(CHUNKS)), 1)
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])

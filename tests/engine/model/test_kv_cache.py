@@ -27,10 +27,13 @@ def poison(worker: drive.Probe) -> None:
         cache.fill_(math.nan)
 
 
+@pytest.mark.parametrize("sdpa", [False, True], ids=["chosen", "sdpa"])
 @pytest.mark.parametrize("block_size", [4, 16, 24])
-def test_stale_nan_in_free_blocks_and_the_null_block_does_not_leak(folder: Path, block_size: int) -> None:
+def test_stale_nan_in_free_blocks_and_the_null_block_does_not_leak(
+    folder: Path, block_size: int, sdpa: bool
+) -> None:
     def run(poisoned: bool) -> tuple[torch.Tensor, list[int]]:
-        worker = drive.worker(folder, num_blocks=BLOCKS, block_size=block_size)
+        worker = drive.worker(folder, num_blocks=BLOCKS, block_size=block_size, sdpa=sdpa)
         if poisoned:
             poison(worker)
         driver = drive.Driver(worker, BLOCKS)

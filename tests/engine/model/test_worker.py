@@ -145,6 +145,18 @@ def test_a_row_is_clean_for_its_next_request(folder: Path) -> None:
     assert driver.generate(0, 1, 5) == expected
 
 
+def test_the_largest_step_runs_before_there_is_a_pool_and_leaves_nothing_behind(folder: Path) -> None:
+    """On GPUs it runs during load, so that activations are not counted as room for KV."""
+    expected = drive.Driver(drive.worker(folder), 64)
+    expected.enter(0, PROMPT)
+    w, report = loaded(folder, num_kv_blocks=64, max_num_batched_tokens=700)
+    w.run_largest_step()  # more tokens than the context of 512 has positions
+    w.allocate(report.kv_blocks)
+    driver = drive.Driver(w, 64)
+    driver.enter(0, PROMPT)
+    assert driver.generate(0, 16, 8) == expected.generate(0, 16, 8)
+
+
 def test_a_plan_without_steps_only_frees_rows(folder: Path) -> None:
     w = drive.worker(folder)
     driver = drive.Driver(w, 64)
