@@ -8,6 +8,7 @@ Suffixes: T tokens, R rows, B blocks of a row, N heads, K KV heads, H head size.
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 
 from engine.config import ModelSpec
+from engine.cpu.build import library
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +79,7 @@ class AttentionBackend(Protocol):
     cache: KVCache
 
     def allocate(self, num_blocks: int) -> None:
-        """Make the cache; called once, before the first step."""
+        """Make the cache, empty; a second call replaces it."""
         ...
 
     def begin(self, step: AttnStep) -> None:
@@ -95,4 +97,15 @@ def choose(shape: AttnShape) -> tuple[AttentionBackend, str]:
     """(backend, the reason in a few words)."""
     from engine.attn.sdpa import SdpaBackend
 
-    return SdpaBackend(shape), f"sdpa: gathered blocks, for {shape.device.type}"
+    if shape.device.type == "cpu":
+        from engine.attn.cpu_paged import CpuPagedBackend, refusal
+
+        why_not = refusal(shape)
+        if why_not is None:
+            return CpuPagedBackend(shape), f"cpu_paged: C++ kernel, {library()[1]}"
+        return SdpaBackend(shape), f"sdpa: gathered blocks, because {why_not}"
+    if importlib.util.find_spec("triton") is None:
+        return SdpaBackend(shape), "sdpa: gathered blocks, because Triton is not installed"
+    from engine.attn.triton_paged import TritonBackend
+
+    return TritonBackend(shape), "triton: paged kernel"

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 from engine.attn.base import AttentionBackend
 from engine.config import ModelSpec
+from engine.cpu import ops
 from engine.load.shards import Cut, Part, Shard
 from engine.models.norm import RMSNorm
 from engine.models.rope import Rope, rotate
@@ -148,7 +149,8 @@ class DecoderLayer:
     def __call__(self, x_TD: torch.Tensor, angles: Angles, attention: AttentionBackend) -> torch.Tensor:
         x_TD = x_TD + self._attention(self.attn_norm(x_TD), angles, attention)
         gate_TO, up_TO = self.gate_up(self.mlp_norm(x_TD))
-        return x_TD + self.down(F.silu(gate_TO) * up_TO)
+        h_TO = ops.silu_mul(gate_TO, up_TO)
+        return x_TD + self.down(F.silu(gate_TO) * up_TO if h_TO is None else h_TO)
 
     def _attention(self, x_TD: torch.Tensor, angles: Angles, attention: AttentionBackend) -> torch.Tensor:
         heads, kv_heads = self.qkv.num_heads, self.qkv.num_kv_heads

@@ -27,6 +27,7 @@ from collections.abc import Callable
 import torch
 
 from engine.config import ModelSpec
+from engine.cpu import ops
 
 DYNAMIC = ("dynamic", "qwen_ntk")
 
@@ -72,6 +73,8 @@ class Rope:
 
 def rotate(x_TNH: torch.Tensor, cos_T1R: torch.Tensor, sin_T1R: torch.Tensor) -> torch.Tensor:
     """Rotate the first 2R dimensions of every head, in float32; the halves are paired as in GPT-NeoX."""
+    if (out := ops.rotate(x_TNH, cos_T1R, sin_T1R)) is not None:
+        return out
     half = cos_T1R.shape[-1]
     a, b = x_TNH[..., :half], x_TNH[..., half : 2 * half]
     parts = [a * cos_T1R - b * sin_T1R, b * cos_T1R + a * sin_T1R]
