@@ -71,7 +71,7 @@ class Progress:
         self._last = 0.0
         if self._stream.isatty():
             self._bar = _bar()
-            self._task = self._bar.add_task("rows", total=None, facts="")
+            self._task = self._bar.add_task("rows", total=None, of="?", facts="")
             self._bar.start()
 
     def show(self, snapshot: Snapshot) -> None:
@@ -79,7 +79,8 @@ class Progress:
         self._rates.add(now, snapshot)
         if self._bar is not None:
             facts = _facts(snapshot, self._rates)
-            self._bar.update(self._task, completed=snapshot.done, total=snapshot.total, facts=facts)
+            of = "?" if snapshot.total is None else snapshot.total
+            self._bar.update(self._task, completed=snapshot.done, total=snapshot.total, of=of, facts=facts)
         elif now - self._last >= PLAIN_EVERY_S:
             self._last = now
             total = "?" if snapshot.total is None else f"{snapshot.total:,}"
@@ -115,12 +116,16 @@ def summary(rows: Mapping[str, int], snapshot: Snapshot, made: int, seconds: flo
 def _facts(snapshot: Snapshot, rates: Rates) -> str:
     if snapshot.state:
         return snapshot.state
-    parts = [f"{rates.rows:,.1f} rows/s", f"{rates.tokens:,.0f} tokens/s", f"{snapshot.failed:,} failed"]
-    parts.append(f"prefix hits {snapshot.hit_rate:.0%}")
+    parts = [f"{_rate(rates.rows)} rows/s", f"{_rate(rates.tokens)} tok/s", f"{snapshot.failed:,} failed"]
+    parts.append(f"{snapshot.hit_rate:.0%} prefix hits")
     left = rates.left(snapshot)
     if left is not None:
         parts.append(f"{_duration(left)} left")
     return ", ".join(parts)
+
+
+def _rate(per_second: float) -> str:
+    return f"{per_second:,.0f}" if per_second >= 10 else f"{per_second:.1f}"
 
 
 def _duration(seconds: float) -> str:
@@ -131,12 +136,13 @@ def _duration(seconds: float) -> str:
 
 def _bar() -> Any:
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+    from rich.progress import BarColumn, TextColumn
     from rich.progress import Progress as Rich
+    from rich.table import Column
 
     return Rich(
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
+        BarColumn(bar_width=8),  # 80 columns hold the rest beside it
+        TextColumn("{task.completed}/{task.fields[of]}", table_column=Column(no_wrap=True)),
         TextColumn("{task.fields[facts]}"),
         console=Console(stderr=True),
         refresh_per_second=4,
