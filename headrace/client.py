@@ -8,6 +8,7 @@ for an hour. Commands in flight are never cancelled (see `headrace.store.AsyncSt
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 import threading
 import time
@@ -24,6 +25,8 @@ from headrace.ledger import Ledger, RunProgress
 from headrace.messages import Completion, Job
 from headrace.settings import Settings
 from headrace.store import AsyncStore
+
+log = logging.getLogger("headrace.client")
 
 T = TypeVar("T")
 
@@ -155,7 +158,8 @@ class Client:
     # -- inside ----------------------------------------------------------------------------------
 
     async def _ask(self, what: Mapping[str, Any], fields: Mapping[str, Any]) -> Completion:
-        job = self._built({**what, **_split(fields), "reply_to": self._reply_to})
+        own_id = {"id": uuid.uuid4().hex}  # a question asked twice is two jobs, unless its id says otherwise
+        job = self._built({**own_id, **what, **_split(fields), "reply_to": self._reply_to})
         self._waiting[job.id] = asyncio.get_running_loop().create_future()
         self._runs[job.id] = job.run
         if self._reader is None:
@@ -181,7 +185,10 @@ class Client:
         while left:
             answers = await self._run(self.ledger.submit(left, self.settings.lane_bound))
             states |= {job.id: s for job, s in zip(left, answers, strict=True)}
-            left = [job for job, s in zip(left, answers, strict=True) if s == "full"]
+            refused = [job for job, s in zip(left, answers, strict=True) if s == "full"]
+            if len(refused) < len(left):  # it drains: only a lane that stands still is an error
+                pause, deadline = FIRST_PAUSE_S, time.monotonic() + self.timeout
+            left = refused
             if left and time.monotonic() > deadline:
                 raise LaneFull(
                     f"lane {self.lane} held {self.settings.lane_bound} jobs for {self.timeout:g} s: "
@@ -203,7 +210,11 @@ class Client:
                 continue
             for entry in entries:
                 after = entry.entry_id
-                done = Completion.parse(entry.raw)
+                try:
+                    done = Completion.parse(entry.raw)
+                except ValueError:  # anyone may write to a stream; the others' answers must go on
+                    log.error("unreadable_completion entry=%s bytes=%d", after, len(entry.raw))
+                    continue
                 future = self._waiting.get(done.id)
                 if future is not None and not future.done():
                     future.set_result(done)

@@ -16,8 +16,10 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
+from queue import SimpleQueue
 from typing import IO, Any
 
 import redis
@@ -30,8 +32,10 @@ from headrace.errors import StoreError
 START_TIMEOUT_S = 60.0
 #: Seconds for it to end by itself before it is killed.
 STOP_TIMEOUT_S = 5.0
+#: Beginning of the names of the folders that hold sockets.
+_SOCKETS = "headrace-"
 
-#: The kernel kills the server when the starting thread ends (PR_SET_PDEATHSIG is 1); it survives execv.
+#: The kernel kills the server when the thread that started it ends (PR_SET_PDEATHSIG, which survives execv).
 _LAUNCH = """
 import ctypes, os, signal, sys
 ctypes.CDLL(None).prctl(1, signal.SIGKILL)
@@ -44,9 +48,8 @@ os.execv(sys.argv[2], sys.argv[2:])
 class EmbeddedServer:
     """A Valkey server on `folder`; a context manager. `url` is ready when the constructor returns.
 
-    Start it from the thread that outlives it: the server ends with that thread. A server that an earlier
-    process left running on the folder is stopped first; a folder that a living process uses is refused.
-    Raises StoreError.
+    A server that an earlier process left running on the folder is stopped first; a folder that a living
+    process uses is refused. Raises StoreError.
     """
 
     def __init__(self, folder: Path | str, appendfsync: str = "always") -> None:
@@ -54,12 +57,14 @@ class EmbeddedServer:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock: IO[Any] | None = _lock(self.folder)
         self._process: subprocess.Popen[bytes] | None = None
+        self._stopped = threading.Event()
         # a socket's path must fit into 108 bytes, and the folder's may be longer
-        self._sockets = tempfile.mkdtemp(prefix="headrace-")
+        self._sockets = tempfile.mkdtemp(prefix=_SOCKETS)
         self.socket = os.path.join(self._sockets, "valkey.sock")
         self.url = f"unix://{self.socket}"
         try:
-            _stop_stale(self.folder / "valkey.pid")
+            _stop_stale(self.folder)
+            (self.folder / "socket").write_text(self.socket)
             self._start(appendfsync)
         except BaseException:
             self.stop()
@@ -71,6 +76,7 @@ class EmbeddedServer:
 
     def stop(self) -> None:
         """End the server; its data stays in the folder. Safe to call twice."""
+        self._stopped.set()
         process, self._process = self._process, None
         if process is not None:
             process.terminate()
@@ -110,20 +116,18 @@ class EmbeddedServer:
         }
         words = [word for key, value in settings.items() for word in (f"--{key}", value)]
         command = [sys.executable, "-S", "-E", "-c", _LAUNCH, str(os.getpid()), _binary(), *words]
-        self._process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,  # Ctrl-C is for the process that uses it
-        )
+        self._process = self._launched(command)
         client = redis.Redis(unix_socket_path=self.socket, retry=Retry(NoBackoff(), 0))
         deadline = time.monotonic() + START_TIMEOUT_S
         try:
             while True:
-                with contextlib.suppress(redis.RedisError, OSError):
-                    if client.ping():
-                        return
+                try:
+                    client.ping()
+                    return
+                except redis.BusyLoadingError:  # it reads its file, however long that is
+                    deadline = time.monotonic() + START_TIMEOUT_S
+                except (redis.RedisError, OSError):
+                    pass
                 if self._process.poll() is not None or time.monotonic() > deadline:
                     raise StoreError(
                         f"the embedded server on {self.folder} did not start: {self._last_words()}"
@@ -131,6 +135,32 @@ class EmbeddedServer:
                 time.sleep(0.02)
         finally:
             client.close()
+
+    def _launched(self, command: list[str]) -> subprocess.Popen[bytes]:
+        """Start the server from a thread of its own that lives until `stop`: the kernel's rule is that a
+        child dies with the thread that started it, and the caller's may end long before its process."""
+        answer: SimpleQueue[subprocess.Popen[bytes] | OSError] = SimpleQueue()
+
+        def hold() -> None:
+            try:
+                answer.put(
+                    subprocess.Popen(
+                        command,
+                        stdin=subprocess.DEVNULL,
+                        stdout=subprocess.DEVNULL,
+                        stderr=subprocess.DEVNULL,
+                        start_new_session=True,  # Ctrl-C is for the process that uses it
+                    )
+                )
+            except OSError as e:
+                answer.put(e)
+            self._stopped.wait()
+
+        threading.Thread(target=hold, name="embedded-server", daemon=True).start()
+        started = answer.get()
+        if isinstance(started, OSError):
+            raise StoreError(f"the embedded server on {self.folder} cannot be started: {started}")
+        return started
 
     def _last_words(self) -> str:
         with contextlib.suppress(OSError):
@@ -171,14 +201,17 @@ def _lock(folder: Path) -> IO[Any]:
     return lock
 
 
-def _stop_stale(pidfile: Path) -> None:
+def _stop_stale(folder: Path) -> None:
     """End a server that outlived its parent: two servers on one append-only file would destroy it."""
+    with contextlib.suppress(OSError):
+        socket = Path((folder / "socket").read_text())
+        if socket.parent.name.startswith(_SOCKETS):
+            shutil.rmtree(socket.parent, ignore_errors=True)
     try:
-        pid = int(pidfile.read_text())
-        name = Path(f"/proc/{pid}/comm").read_text().strip() if Path("/proc").is_dir() else "valkey-server"
+        pid = int((folder / "valkey.pid").read_text())
     except (OSError, ValueError):
         return
-    if not name.startswith("valkey"):
+    if not _serves(pid, folder):
         return  # the number belongs to another program by now
     for sig, patience in ((signal.SIGTERM, STOP_TIMEOUT_S), (signal.SIGKILL, STOP_TIMEOUT_S)):
         with contextlib.suppress(ProcessLookupError):
@@ -190,3 +223,15 @@ def _stop_stale(pidfile: Path) -> None:
             except ProcessLookupError:
                 return
             time.sleep(0.02)
+
+
+def _serves(pid: int, folder: Path) -> bool:
+    """Whether the process is a Valkey server that runs in that folder (process numbers are given again)."""
+    try:
+        if Path("/proc/self").exists():
+            comm = Path(f"/proc/{pid}/comm").read_text()
+            return comm.startswith("valkey") and os.readlink(f"/proc/{pid}/cwd") == str(folder.resolve())
+        listed = subprocess.run(["ps", "-o", "command=", "-p", str(pid)], capture_output=True, text=True)
+        return "valkey-server" in listed.stdout
+    except OSError:
+        return False

@@ -218,8 +218,12 @@ class Job(_Strict):
         scored = (self.continuation is not None) + (self.continuation_token_ids is not None)
         if scored != (self.kind is Kind.SCORE):
             raise ValueError("kind score, and no other, takes one of continuation, continuation_token_ids")
-        if len(orjson.dumps(self.meta)) > MAX_META_BYTES:
-            raise ValueError(f"meta exceeds {MAX_META_BYTES} bytes of JSON")
+        try:
+            size = len(orjson.dumps(self.meta))
+        except TypeError as e:  # of orjson: surrogates, keys that are no text, 65-bit numbers, deep nesting
+            raise ValueError(f"meta cannot be written as JSON: {e}") from None
+        if size > MAX_META_BYTES:
+            raise ValueError(f"meta of {size} bytes of JSON exceeds the limit of {MAX_META_BYTES}")
         return self
 
     def to_bytes(self) -> bytes:
@@ -249,8 +253,12 @@ class Job(_Strict):
             job = cls.model_validate(value | {"id": "pending"})
         except ValidationError as e:
             raise InvalidJob(readable(e)) from None
-        content = job.model_dump(mode="json", exclude_defaults=True, exclude={"id", "enqueued"})
+        content = job.model_dump(mode="json", exclude_defaults=True, exclude=_TRANSPORT)
         return job.model_copy(update={"id": job_id(job.run, "", content)})
+
+
+#: Fields that say how a job travels and not what it asks; its default id does not depend on them.
+_TRANSPORT = {"id", "enqueued", "reply_to", "traceparent", "priority", "deadline"}
 
 
 def _check_size(raw: bytes) -> None:

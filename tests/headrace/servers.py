@@ -15,8 +15,9 @@ import redis
 
 from headrace.connection import connect
 from headrace.embedded import EmbeddedServer
+from headrace.keys import GROUP
 from headrace.ledger import Ledger
-from headrace.messages import Completion, Job, Status, Usage
+from headrace.messages import Completion, Job, Priority, Status, Usage
 from headrace.store import Store
 
 LANE = "test"
@@ -86,6 +87,23 @@ class Lane:
 
     def finish(self, leased: list, consumer: str = "a", status: Status = Status.OK) -> list[str]:
         return self.run(self.ledger.finish(consumer, [(one, answer(one, status)) for one in leased]))
+
+    def age(self, leased: list, consumer: str) -> None:
+        """Make leases look as if they had not been renewed for a minute."""
+        for one in leased:
+            aged = self.redis.xclaim(one.stream, GROUP, consumer, 0, [one.entry_id], idle=60_000, justid=True)
+            assert aged, "it is not there to be aged"
+
+    def sweep(self, consumer: str, count: int = 100) -> list:
+        """Every lease that was not renewed for half a minute."""
+        found = []
+        for priority in Priority:
+            cursor = ""
+            while cursor != "0-0":
+                page = self.run(self.ledger.reclaim(consumer, priority, 30_000, cursor or "0-0", count))
+                found += page.leased
+                cursor = page.cursor
+        return found
 
     def results(self, name: str | None = None, group: str = "sink") -> list[Completion]:
         self.run(self.ledger.ensure_sink(name, group))
