@@ -94,7 +94,7 @@ def test_two_sinks_with_names_of_their_own_both_get_everything(job: Job, server:
     job.write_many(50)
     queue = ["--redis", server.url, "--lane", "l"]
     first, second = job.folder / "a.jsonl", job.folder / "b.jsonl"
-    sinks = [start("sink", "jsonl", path, *queue, "--until-idle", "4") for path in (first, second)]
+    sinks = [start("sink", "jsonl", path, *queue, "--until-idle", "3") for path in (first, second)]
     time.sleep(1.5)  # both groups exist before the first entry may be trimmed
     engine = echo_engine(server.url, "l")
     assert ended(start("submit", job.input, *queue, "--wait")).code == 0
