@@ -14,7 +14,7 @@ import logging
 import re
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
 import redis
 import redis.asyncio
@@ -173,8 +173,8 @@ def redacted(url: str) -> str:
         return "the Redis URL"
     user, at, host = parts.netloc.rpartition("@")
     if ":" in user:
-        user = user.partition(":")[0] + ":***"
-    return urlunsplit(parts._replace(netloc=user + at + host))
+        return url.replace(parts.netloc, f"{user.partition(':')[0]}:***{at}{host}", 1)
+    return url
 
 
 def _bad_url(shown: str, e: Exception) -> StoreError:

@@ -58,6 +58,12 @@ def _encodable(text: str) -> str:
     return text
 
 
+def _given(text: str) -> str:
+    if not text:
+        raise ValueError("text is empty")
+    return text
+
+
 def _finite(value: float) -> float:
     if not math.isfinite(value):
         raise ValueError(f"{value} is not a finite number")
@@ -66,6 +72,7 @@ def _finite(value: float) -> float:
 
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 Text = Annotated[StrictStr, AfterValidator(_encodable)]
+GivenText = Annotated[Text, AfterValidator(_given)]
 Number = Annotated[float, Field(strict=True), AfterValidator(_finite)]  # ints pass, strings and bools do not
 TokenId = Annotated[StrictInt, Field(ge=0, lt=1 << 31)]
 
@@ -119,7 +126,7 @@ class SamplingParams(_Strict):
     )
     seed: Annotated[StrictInt, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
     n: Annotated[StrictInt, Field(ge=1, le=MAX_N)] = 1
-    stop: list[Annotated[Text, Field(min_length=1, max_length=MAX_STOP_CHARS)]] = Field(
+    stop: list[Annotated[GivenText, Field(max_length=MAX_STOP_CHARS)]] = Field(
         default_factory=list, max_length=MAX_STOP_STRINGS
     )
     stop_token_ids: list[TokenId] = Field(default_factory=list, max_length=MAX_STOP_TOKEN_IDS)
@@ -190,9 +197,9 @@ class Job(_Strict):
     lane: Name
     kind: Kind
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
-    prompt: Annotated[Text, Field(min_length=1)] | None = None
+    prompt: GivenText | None = None
     prompt_token_ids: Annotated[list[TokenId], Field(min_length=1)] | None = None
-    continuation: Annotated[Text, Field(min_length=1)] | None = None
+    continuation: GivenText | None = None
     """kind score: the text whose log-likelihood after the prompt is asked for."""
     continuation_token_ids: Annotated[list[TokenId], Field(min_length=1)] | None = None
     params: SamplingParams = Field(default_factory=SamplingParams)
