@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from headrace import Client, InvalidJob, LaneFull, SyncClient
+from headrace import Client, InvalidJob, LaneFull, ResultExpired, SyncClient
 from headrace.messages import Choice, Completion, Job, Status
 from tests.headrace.servers import LANE, Lane
 
@@ -61,6 +61,35 @@ def test_an_answer_can_be_fetched_again_by_id(echo: Lane) -> None:
                 await other.result("nobody", timeout=0.1)
 
     asyncio.run(main())
+
+
+def test_the_same_question_asked_twice_is_two_jobs(echo: Lane) -> None:
+    with SyncClient(echo.url, LANE) as client:
+        assert client.generate("x").id != client.generate("x").id
+
+
+def test_one_unreadable_answer_does_not_hold_the_others_up(echo: Lane) -> None:
+    with SyncClient(echo.url, LANE) as client:
+        client.generate("x")
+        echo.redis.xadd(echo.ledger.keys.results(client.reply_to), {"m": b"\xff"})
+        echo.redis.xadd(echo.ledger.keys.results(client.reply_to), {"other": b"x"})
+        assert client._client._reader is not None
+        assert client.generate("y").choices[0].text == "y"
+        assert not client._client._reader.done()
+
+
+def test_a_job_that_was_only_submitted_can_be_fetched(echo: Lane) -> None:
+    with SyncClient(echo.url, LANE) as client:
+        job = {"kind": "completion", "prompt": "later", "reply_to": client.reply_to}
+        assert client.result(client.submit(job), timeout=20).choices[0].text == "later"
+
+
+def test_an_answer_that_is_no_longer_kept_is_told_apart_from_one_that_never_came(echo: Lane) -> None:
+    with SyncClient(echo.url, LANE) as client:
+        client.generate("x", id="old")
+        echo.redis.delete(echo.ledger.keys.kept("old"))
+        with pytest.raises(ResultExpired, match="ended ok"):
+            client.generate("x", id="old")
 
 
 def test_bulk_submits_wait_while_the_lane_is_full(echo: Lane, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -70,6 +71,44 @@ def test_a_server_that_was_left_running_is_replaced(tmp_path: Path) -> None:
         assert server.pid != old
         _gone(old)
         assert redis.Redis.from_url(server.url).ping()
+
+
+def test_it_outlives_the_thread_that_made_it(tmp_path: Path) -> None:
+    made: list[EmbeddedServer] = []
+    thread = threading.Thread(target=lambda: made.append(EmbeddedServer(tmp_path)))
+    thread.start()
+    thread.join()
+    with made[0] as server:
+        time.sleep(0.2)
+        assert redis.Redis.from_url(server.url).ping()
+
+
+def test_the_server_of_another_folder_is_left_alone(tmp_path: Path) -> None:
+    """Process numbers are given again: the number in a stale pid file may be anybody's by now."""
+    (tmp_path / "mine").mkdir()
+    with EmbeddedServer(tmp_path / "other") as other:
+        (tmp_path / "mine" / "valkey.pid").write_text(str(other.pid))
+        with EmbeddedServer(tmp_path / "mine"):
+            assert redis.Redis.from_url(other.url).ping()
+
+
+def test_it_leaves_no_socket_folder_behind_even_after_kill_9(tmp_path: Path) -> None:
+    left = subprocess.run(
+        [sys.executable, "-c", LINGERING, str(tmp_path)], capture_output=True, text=True, check=True
+    )
+    os.kill(int(left.stdout), signal.SIGKILL)
+    old = Path((tmp_path / "socket").read_text()).parent
+    assert old.is_dir()
+    with EmbeddedServer(tmp_path) as server:
+        assert not old.exists()
+    assert not Path(server.socket).parent.exists()
+
+
+def test_a_folder_it_cannot_start_on_is_one_clear_line(tmp_path: Path) -> None:
+    (tmp_path / "appendonlydir").write_text("a file where the server wants a folder")
+    with pytest.raises(StoreError, match=f"the embedded server on {tmp_path} did not start: .+") as caught:
+        EmbeddedServer(tmp_path)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_folder_in_use_is_refused_by_the_number_of_its_process(tmp_path: Path) -> None:
