@@ -3,13 +3,16 @@
 Two ZeroMQ ROUTER sockets on the driver, one for steps and one for signs of life, each with CURVE
 encryption (RFC 26): keys are made anew for every engine and handed to the ranks by Ray; a peer that does
 not know them gets no further than the handshake. Frames are msgpack (`engine.exec.wire`), never pickle.
+Knows nothing of Ray, nor of what a silent rank means.
 """
 
 from __future__ import annotations
 
 import contextlib
+import sys
 import threading
 import time
+import traceback
 from dataclasses import dataclass
 
 import zmq
@@ -20,10 +23,14 @@ from engine.errors import EngineError
 
 #: Seconds between signs of life.
 BEAT_S = 0.5
-#: Seconds without an answer from the driver after which a rank ends itself.
-ORPHANED_S = 15.0
+#: Signs of life without any answer after which a rank takes the driver for gone. Counted, not timed: a rank
+#: that was itself stopped or starved for a minute has shown none in that minute.
+ORPHANED_BEATS = 120
+#: Characters of a stack that a rank tells at most: the innermost.
+STACK_CHARS = 4000
 STOP = b"stop"
 _READY = b"ready"
+_ALIVE, _TELL_STACK = b"", b"stack"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +56,11 @@ class _OnlyRanks:
 
 class DriverChannel:
     """The driver's end, bound to free ports of `host`. `send` and `receive` belong to one thread, `beats` to
-    another."""
+    another. Raises EngineError where ZeroMQ cannot encrypt."""
 
     def __init__(self, host: str, ranks: int) -> None:
+        if not zmq.has("curve"):
+            raise EngineError("pyzmq was built without CURVE: install the pyzmq wheel from the package index")
         self._context = zmq.Context()
         public, secret = zmq.curve_keypair()
         client_public, client_secret = zmq.curve_keypair()
@@ -74,9 +83,17 @@ class DriverChannel:
             missing.discard(name)
         return sorted(int(name) for name in missing)
 
-    def send(self, frame: bytes) -> None:
-        for name in self._names:
-            self._steps.send_multipart((name, frame))
+    def send(self, frame: bytes) -> int | None:
+        """To every rank; returns the first that has left the channel, if one has."""
+        gone = None
+        for rank, name in enumerate(self._names):
+            try:
+                self._steps.send_multipart((name, frame))
+            except zmq.ZMQError as e:
+                if e.errno != zmq.EHOSTUNREACH:
+                    raise
+                gone = rank if gone is None else gone
+        return gone
 
     def receive(self, timeout_s: float) -> bytes | None:
         """Rank 0's next result, None after `timeout_s`."""
@@ -84,16 +101,20 @@ class DriverChannel:
             return None
         return self._steps.recv_multipart()[1]
 
-    def beats(self, timeout_s: float) -> list[int]:
-        """Ranks that have shown a sign of life, after at most `timeout_s`; each is answered."""
-        ranks = []
+    def beats(self, timeout_s: float, tell_stack: bool = False) -> list[tuple[int, str]]:
+        """Ranks that have shown a sign of life, after at most `timeout_s`; each is answered.
+
+        With each the stack of its main thread, once it was asked for that (`tell_stack`).
+        """
+        alive = []
         wait = int(timeout_s * 1000)
         while self._beats.poll(wait):
-            name, frame = self._beats.recv_multipart()
-            self._beats.send_multipart((name, frame))
-            ranks.append(int(name))
+            name, stack = self._beats.recv_multipart()
+            with contextlib.suppress(zmq.ZMQError):  # it left meanwhile: nobody misses the answer
+                self._beats.send_multipart((name, _TELL_STACK if tell_stack else _ALIVE))
+            alive.append((int(name), stack.decode(errors="replace")))
             wait = 0
-        return ranks
+        return alive
 
     def close(self) -> None:
         for socket in (self._steps, self._beats):
@@ -105,16 +126,17 @@ class DriverChannel:
         socket = self._context.socket(zmq.ROUTER)
         socket.curve_server = True
         socket.curve_secretkey = secret
-        socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # a rank that never joined is an error, not silence
+        socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # a rank that has left is an error, not silence
         return socket
 
 
 class RankChannel:
-    """A rank's end. A thread of its own shows signs of life, and calls `orphaned` when the driver answers no
-    more."""
+    """A rank's end, made by the thread that will run its steps. Another thread shows signs of life from the
+    start, and sets `orphaned` when the driver answers no more."""
 
     def __init__(self, endpoint: Endpoint, rank: int, orphaned: threading.Event) -> None:
         self._endpoint, self._rank, self._orphaned = endpoint, rank, orphaned
+        self._main = threading.get_ident()
         self._context = zmq.Context()
         self._closed = threading.Event()
         self._steps = self._connect(endpoint.steps)
@@ -140,17 +162,22 @@ class RankChannel:
 
     def _beat(self) -> None:
         socket = self._connect(self._endpoint.beats)
-        answered = time.monotonic()
+        unanswered, answer = 0, _ALIVE
         while not self._closed.wait(BEAT_S):
-            with contextlib.suppress(zmq.Again):  # no driver to send to; the time without answers decides
-                socket.send(b"", zmq.NOBLOCK)
+            with contextlib.suppress(zmq.Again):  # no driver to send to; the number without answers decides
+                socket.send(self._stack() if answer == _TELL_STACK else _ALIVE, zmq.NOBLOCK)
+            unanswered += 1
             while socket.poll(0):
-                socket.recv()
-                answered = time.monotonic()
-            if time.monotonic() - answered > ORPHANED_S:
+                answer = socket.recv()
+                unanswered = 0
+            if unanswered > ORPHANED_BEATS:
                 self._orphaned.set()
                 break
         socket.close(linger=0)
+
+    def _stack(self) -> bytes:
+        frame = sys._current_frames().get(self._main)
+        return "".join(traceback.format_stack(frame))[-STACK_CHARS:].encode()
 
     def _connect(self, address: str) -> zmq.Socket[bytes]:
         socket = self._context.socket(zmq.DEALER)
@@ -160,9 +187,3 @@ class RankChannel:
         socket.curve_secretkey = self._endpoint.client_secret
         socket.connect(address)
         return socket
-
-
-def require_curve() -> None:
-    """Raises EngineError where this build of ZeroMQ cannot encrypt."""
-    if not zmq.has("curve"):
-        raise EngineError("pyzmq was built without CURVE: install the pyzmq wheel from the package index")

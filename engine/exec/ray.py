@@ -1,37 +1,38 @@
-"""The Ray executor: one actor per rank, placed and watched by Ray, fed by the step channel.
+"""The Ray executor: one actor per rank, placed by Ray, fed by the step channel, watched by
+`engine.exec.watch`.
 
-A dead, failed or silent rank is noticed by a watcher thread within seconds; from then on every verb raises
-WorkerDied with that rank's own evidence. The object is used once: a new one, on the same Ray session,
-replaces it.
+From the first death on every verb raises WorkerDied with the culprit's own evidence. The object is used
+once: a new one, on the same Ray session, replaces it.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import threading
+import sys
 import time
 from collections import deque
 from typing import Any
+
+import psutil
 
 from engine.config import EngineConfig, ModelSpec
 from engine.errors import EngineError, WorkerDied
 from engine.exec import cluster
 from engine.exec.base import RankReport
-from engine.exec.channel import STOP, DriverChannel, require_curve
+from engine.exec.channel import STOP, DriverChannel
 from engine.exec.environment import for_ranks
-from engine.exec.rank import USER_ERRORS, RankProcess, Refused
+from engine.exec.rank import Place, RankProcess
+from engine.exec.watch import Watch, cause_of, first_cause
 from engine.exec.wire import StepPlan, StepResult, pack_plan, unpack_result
 
 log = logging.getLogger(__name__)
 
 WORKER = "engine.worker.worker:Worker"
-#: Seconds of silence after which a rank counts as hung; it shows a sign of life every half second.
-SILENCE_S = 5.0
-#: After the first rank ended, how long to look for the one that it may only have suffered from.
-CULPRIT_S = 0.5
-#: Seconds for all ranks to join the step channel, and to end after a stop.
-JOIN_S, END_S = 60.0, 5.0
+#: Seconds for all actors to start, and for all ranks to join the step channel.
+PLACE_S, JOIN_S = 300.0, 60.0
+#: Seconds for ranks to end by themselves after a stop, and for their processes to be gone after a kill.
+GRACE_S, END_S = 2.0, 5.0
 
 
 class RayExecutor:
@@ -40,59 +41,74 @@ class RayExecutor:
     def __init__(self, config: EngineConfig, spec: ModelSpec, worker: str = WORKER) -> None:
         self.config, self.spec, self._worker = config, spec, worker
         self._actors: list[Any] = []
+        self._places: list[Place] = []
+        self._processes: list[psutil.Process] = []  # of the ranks on this node
         self._group: Any = None
         self._channel: DriverChannel | None = None
-        self._watcher: threading.Thread | None = None
-        self._stopping = threading.Event()
-        self._death: WorkerDied | None = None
-        self._sent: deque[float] = deque()
+        self._watch: Watch | None = None
+        self._loops: dict[Any, int] = {}
+        self._outstanding = 0
+        self._since: float | None = None  # when the oldest outstanding step could begin
         self._reports: list[RankReport] = []
         self.load_intervals: list[tuple[float, float]] = []
 
     # -- start -----------------------------------------------------------------------------------
 
     def start(self) -> list[RankReport]:
-        import ray
-
-        require_curve()
-        world = self.config.tensor_parallel_size
-        host, local = cluster.join(self.config.ray_address)
-        gpus = self.config.device != "cpu" and cluster.has_gpus()
-        self._group = cluster.reserve(world, gpus)
-        self._actors = self._create(world, gpus)
-        order = cluster.driver_first([p.node for p in self._all("place")])
-        self._actors = [self._actors[i] for i in order]
-        environment = for_ranks(os.environ)
-        log.info("rank_environment names=%s", ",".join(environment) or "none")
-        init_method = None
-        if world > 1:
-            address = host if local else self._get([self._actors[0].address.remote()])[0]
-            init_method = self._get([self._actors[0].rendezvous.remote(address, world)])[0]
-        spec = self.spec.to_wire()
-        self._get([
-            actor.prepare.remote(self.config, spec, rank, world, init_method, environment)
-            for rank, actor in enumerate(self._actors)
-        ])  # fmt: skip
-        self._reports = self._load()
-        self._get([actor.allocate.remote(self.num_kv_blocks) for actor in self._actors])
-        self._channel = DriverChannel(host, world)
-        runs = [actor.run.remote(self._channel.endpoint) for actor in self._actors]
-        if missing := self._channel.wait_for_ranks(JOIN_S):
-            raise WorkerDied(missing[0], f"it did not join the step channel within {JOIN_S:.0f} s")
-        self._watcher = threading.Thread(
-            target=self._watch, args=(ray, runs, self._channel), name="rank-watcher", daemon=True
-        )
-        self._watcher.start()
+        """As the protocol says. Raises EngineError where Ray or the ranks do not start; CapacityError,
+        CheckpointError and ConfigError of a rank arrive as themselves."""
+        try:
+            self._start()
+        except BaseException:
+            self.stop()
+            raise
         return self._reports
 
-    def _create(self, world: int, gpus: bool) -> list[Any]:
+    def _start(self) -> None:
+        world, address = self.config.tensor_parallel_size, self.config.ray_address
+        cpus = self.config.num_threads or 1
+        host = cluster.join(address, world * cpus)
+        gpus = self.config.device == "cuda" or (self.config.device == "auto" and cluster.has_gpus())
+        self._group = cluster.reserve(world, gpus, cpus, wait=address is not None)
+        self._actors = self._create(world, gpus, cpus)
+        self._place(for_ranks(os.environ), local=address is None)
+        init_method = None
+        if world > 1:
+            first = self._actors[0].rendezvous.remote(
+                host if address is None else self._places[0].address, world
+            )
+            init_method = self._get({first: 0})[0]
+        self._channel = DriverChannel(host, world)
+        self._watch = Watch(
+            self._channel, self._places, cluster.this_node(), self.config.step_timeout_s, lambda: self._since
+        )
+        spec, endpoint = self.spec.to_wire(), self._channel.endpoint
+        self._get({
+            actor.prepare.remote(self.config, spec, rank, world, init_method, endpoint): rank
+            for rank, actor in enumerate(self._actors)
+        })  # fmt: skip
+        self._reports = self._load()
+        self._all("allocate", self.num_kv_blocks)
+        if missing := self._channel.wait_for_ranks(JOIN_S):
+            raise WorkerDied(missing[0], f"it did not join the step channel within {JOIN_S:.0f} s")
+        self._loops = {actor.run.remote(): rank for rank, actor in enumerate(self._actors)}
+        self._watch.follow(self._loops)
+        for r in self._reports:
+            log.info(
+                "rank_ready rank=%d host=%s pid=%d device=%s weights_gib=%.4f seconds=%.2f kv_tokens=%d "
+                "kv_gib=%.4f attention=%r",
+                r.rank, r.host, r.pid, r.device, r.weights_gib, r.load_seconds,
+                (r.kv_blocks - 1) * self.config.block_size, r.kv_gib, r.attention,
+            )  # fmt: skip
+
+    def _create(self, world: int, gpus: bool, cpus: int) -> list[Any]:
         import ray
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
         remote = ray.remote(RankProcess)
         return [
             remote.options(
-                num_cpus=0 if gpus else 1,
+                num_cpus=0 if gpus else cpus,
                 num_gpus=1 if gpus else 0,
                 max_restarts=0,
                 scheduling_strategy=PlacementGroupSchedulingStrategy(
@@ -101,6 +117,18 @@ class RayExecutor:
             ).remote(self._worker)
             for i in range(world)
         ]
+
+    def _place(self, environment: dict[str, str], local: bool) -> None:
+        """Actors become ranks, in order; each gets the driver's environment."""
+        log.info("rank_environment names=%s", ",".join(environment) or "none")
+        if local and sys.platform == "linux":
+            environment.setdefault("GLOO_SOCKET_IFNAME", "lo")  # gloo would listen on the node's address
+        places = self._all("place", environment, timeout_s=PLACE_S)
+        order = cluster.driver_first([p.node for p in places])
+        self._actors, self._places = [self._actors[i] for i in order], [places[i] for i in order]
+        here = cluster.this_node()
+        self._processes = [psutil.Process(p.pid) for p in self._places if p.node == here]
+        log.info("ranks_placed %s", " ".join(f"{r}={p.host}:{p.pid}" for r, p in enumerate(self._places)))
 
     def _load(self) -> list[RankReport]:
         """At most `max_parallel_loading_workers` ranks read the checkpoint at once."""
@@ -115,50 +143,64 @@ class RayExecutor:
             while waiting and len(loading) < limit:
                 rank = waiting.popleft()
                 loading[self._actors[rank].load.remote()] = rank
-            ready, _ = ray.wait(list(loading))
-            rank = loading.pop(ready[0])
-            report, began, ended = self._get(ready, [rank])[0]
-            self.load_intervals.append((began, ended))
-            done[rank] = report
+            ended, _ = ray.wait(list(loading), timeout=0.5)
+            self._check()
+            for ref in ended:
+                rank, answer = loading[ref], self._answer(ref, loading)
+                del loading[ref]
+                done[rank], began, until = answer
+                self.load_intervals.append((began, until))
         return [done[rank] for rank in range(world)]
 
-    def _all(self, verb: str) -> list[Any]:
-        return self._get([getattr(actor, verb).remote() for actor in self._actors])
+    def _all(self, verb: str, *args: Any, timeout_s: float | None = None) -> list[Any]:
+        refs = {getattr(actor, verb).remote(*args): rank for rank, actor in enumerate(self._actors)}
+        return self._get(refs, timeout_s)
 
-    def _get(self, refs: list[Any], ranks: list[int] | None = None) -> list[Any]:
-        """The values of calls, in order. Raises a user's error as itself, a rank's death as WorkerDied."""
+    def _get(self, ranks: dict[Any, int], timeout_s: float | None = None) -> list[Any]:
+        """The answers of calls (their ranks by reference), in that order. Raises as soon as one fails."""
         import ray
 
-        values = []
-        for rank, ref in zip(ranks or range(len(refs)), refs, strict=True):
-            try:
-                value = ray.get(ref)
-            except ray.exceptions.RayError as e:
-                raise WorkerDied(rank, _evidence(e)) from None
-            if isinstance(value, Refused):
-                raise USER_ERRORS[value.kind](value.message)
-            values.append(value)
-        return values
+        answers: dict[Any, Any] = {}
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        while pending := [ref for ref in ranks if ref not in answers]:
+            ended, _ = ray.wait(pending, timeout=0.5)
+            self._check()
+            for ref in ended:
+                answers[ref] = self._answer(ref, ranks)
+            if deadline is not None and time.monotonic() > deadline:
+                slow = ", ".join(str(ranks[ref]) for ref in pending)
+                raise EngineError(f"the actors of ranks {slow} did not start within {timeout_s:.0f} s")
+        return [answers[ref] for ref in ranks]
+
+    def _answer(self, ref: Any, ranks: dict[Any, int]) -> Any:
+        import ray
+
+        if cause_of(ref, ranks[ref]) is not None and (cause := first_cause(ranks)) is not None:
+            raise cause.error
+        return ray.get(ref)
 
     # -- steps -----------------------------------------------------------------------------------
 
     def submit(self, plan: StepPlan) -> None:
         self._check()
-        self._sent.append(time.monotonic())
-        self._running().send(pack_plan(plan))
+        channel, watch = self._running()
+        frame = pack_plan(plan)
+        if not self._outstanding:
+            self._since = time.monotonic()
+        self._outstanding += 1
+        gone = channel.send(frame)
+        if gone is not None:
+            raise watch.verdict(gone)
 
     def result(self) -> StepResult:
-        channel = self._running()
-        while True:
+        channel, _ = self._running()
+        if not self._outstanding:
+            raise EngineError("no step is outstanding: call submit() first")
+        while (frame := channel.receive(0.1)) is None:
             self._check()
-            frame = channel.receive(0.1)
-            if frame is not None:
-                self._sent.popleft()
-                return unpack_result(frame)
-            if time.monotonic() - self._sent[0] > self.config.step_timeout_s:
-                self._death = self._death or WorkerDied(
-                    0, f"a step took longer than {self.config.step_timeout_s:g} s (step_timeout_s)"
-                )
+        self._outstanding -= 1
+        self._since = time.monotonic() if self._outstanding else None
+        return unpack_result(frame)
 
     @property
     def num_kv_blocks(self) -> int:
@@ -173,79 +215,36 @@ class RayExecutor:
         return int(bool(self._reports) and self._reports[0].device.startswith("cuda"))
 
     def _check(self) -> None:
-        if self._death is not None:
-            raise self._death
+        if self._watch is not None and self._watch.death is not None:
+            raise self._watch.death
 
-    def _running(self) -> DriverChannel:
-        if self._channel is None:
+    def _running(self) -> tuple[DriverChannel, Watch]:
+        if self._channel is None or self._watch is None:
             raise WorkerDied(0, "the executor was stopped, or never started")
-        return self._channel
+        return self._channel, self._watch
 
-    # -- watch and end ---------------------------------------------------------------------------
-
-    def _watch(self, ray: Any, runs: list[Any], channel: DriverChannel) -> None:
-        """Until a rank dies, fails or falls silent, or the executor stops."""
-        seen = dict.fromkeys(range(len(runs)), time.monotonic())
-        while not self._stopping.is_set():
-            now = time.monotonic()
-            for rank in channel.beats(0.1):
-                seen[rank] = now
-            ended, _ = ray.wait(runs, num_returns=len(runs), timeout=0)
-            if ended and not self._stopping.is_set():
-                self._death = self._death or _culprit(ray, runs, seen)
-                return
-            silent = [rank for rank, at in seen.items() if now - at > SILENCE_S]
-            if silent:
-                self._death = self._death or WorkerDied(
-                    silent[0], f"it is hung: no sign of life for {SILENCE_S:g} s"
-                )
-                return
+    # -- end -------------------------------------------------------------------------------------
 
     def stop(self) -> None:
-        if self._stopping.is_set():
-            return
-        self._stopping.set()
         import ray
 
-        if self._watcher is not None:
-            self._watcher.join()
-        if self._channel is not None:
-            if self._death is None:
-                self._channel.send(STOP)
-                time.sleep(0.05)
-            self._channel.close()
-            self._channel = None
-        for actor in self._actors:
+        actors, self._actors = self._actors, []
+        group, self._group = self._group, None
+        channel, self._channel = self._channel, None
+        if self._watch is not None:
+            self._watch.stop()
+        if channel is not None:
+            if self._loops and self._watch is not None and self._watch.death is None:
+                channel.send(STOP)
+                ray.wait(list(self._loops), num_returns=len(self._loops), timeout=GRACE_S)
+            channel.close()
+        if not ray.is_initialized():
+            return
+        for actor in actors:
             ray.kill(actor)
-        if self._group is not None:
-            ray.util.remove_placement_group(self._group)
-
-
-def _culprit(ray: Any, runs: list[Any], seen: dict[int, float]) -> WorkerDied:
-    """Who died first. A rank whose peer is gone fails in its next collective, perhaps before Ray reports
-    the peer: a dead process goes before an exception, an exception of its own before one of the group."""
-    time.sleep(CULPRIT_S)
-    ended, _ = ray.wait(runs, num_returns=len(runs), timeout=0)
-    found = []
-    for ref in ended:
-        rank = runs.index(ref)
-        try:
-            ray.get(ref)
-            found.append((1, rank, "its step loop ended by itself"))
-        except ray.exceptions.RayActorError as e:
-            found.append((0, rank, _evidence(e)))
-        except ray.exceptions.RayError as e:
-            evidence = _evidence(e)
-            found.append((3 if _in_collective(evidence) else 2, rank, evidence))
-    _, rank, evidence = min(found)
-    return WorkerDied(rank, evidence)
-
-
-def _in_collective(evidence: str) -> bool:
-    return "torch/distributed" in evidence or "gloo" in evidence or "NCCL" in evidence
-
-
-def _evidence(e: Exception) -> str:
-    """A rank's own traceback, or how its process ended."""
-    lines = [line.rstrip() for line in str(e).splitlines() if line.strip()]
-    return "\n".join(lines[-30:]) or type(e).__name__
+        if group is not None:
+            ray.util.remove_placement_group(group)  # also ends what does not hear a kill: stopped processes
+        # Their memory must be free before other ranks load.
+        _, alive = psutil.wait_procs(self._processes, timeout=END_S)
+        for process in alive:
+            process.kill()

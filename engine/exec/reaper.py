@@ -1,8 +1,9 @@
 """Ends what a local Ray cluster leaves behind when its driver is killed.
 
-Ray's own processes follow a killed driver, but for the raylet's agents, which stay. This program runs beside
-the driver, holds the reading end of a pipe whose writing end dies with the driver, and then kills every
-descendant that it has seen of it. Started by `engine.exec.cluster`; knows nothing of ranks.
+Ray's own processes follow a killed driver, but for the raylet's agents, which stay for a minute. This program
+runs beside the driver, holds the reading end of a pipe whose writing end dies with the driver, and then kills
+those of the driver's descendants that it has seen and that are Ray's. Started by `engine.exec.cluster`; knows
+nothing of ranks.
 """
 
 from __future__ import annotations
@@ -16,13 +17,15 @@ import sys
 import psutil
 
 #: Seconds between looks at the driver's family: short while Ray starts, long afterwards.
-FIRST_LOOK_S, LAST_LOOK_S = 1.0, 60.0
+FIRST_LOOK_S, LAST_LOOK_S = 0.5, 10.0
 
 
 def start() -> subprocess.Popen[bytes]:
     """Watch over this process. Keep the returned object: its pipe is the sign of life."""
+    import ray
+
     return subprocess.Popen(
-        [sys.executable, "-m", "engine.exec.reaper", str(os.getpid())],
+        [sys.executable, "-m", "engine.exec.reaper", str(os.getpid()), os.path.dirname(ray.__file__)],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -30,25 +33,27 @@ def start() -> subprocess.Popen[bytes]:
     )
 
 
-def watch(driver_pid: int) -> None:
+def watch(driver_pid: int, ray_folder: str) -> None:
     """Until standard input ends."""
     family: set[psutil.Process] = set()
     pause = FIRST_LOOK_S
     while not select.select([sys.stdin], [], [], pause)[0]:
-        pause = min(pause * 2, LAST_LOOK_S)
         with contextlib.suppress(psutil.NoSuchProcess):
-            family.update(psutil.Process(driver_pid).children(recursive=True))
-    own = psutil.Process()
-    for process in family - {own}:
+            children = psutil.Process(driver_pid).children(recursive=True)
+            found = {process for process in children if _is_rays(process, ray_folder)}
+            pause = FIRST_LOOK_S if found - family else min(pause * 2, LAST_LOOK_S)
+            family |= found
+    for process in family:
         with contextlib.suppress(psutil.NoSuchProcess):
-            if _is_rays(process):
-                process.kill()  # psutil checks that the number was not given to another process
+            process.kill()  # psutil checks that the number was not given to another process
 
 
-def _is_rays(process: psutil.Process) -> bool:
-    words = process.cmdline()
-    return any("ray" in word for word in words[:4])
+def _is_rays(process: psutil.Process, ray_folder: str) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        words = process.cmdline()
+        return any(word.startswith((f"{ray_folder}{os.sep}", "ray::")) for word in words)
+    return False
 
 
 if __name__ == "__main__":
-    watch(int(sys.argv[1]))
+    watch(int(sys.argv[1]), sys.argv[2])
