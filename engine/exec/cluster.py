@@ -26,8 +26,11 @@ _LOCAL_CPUS = 64
 _OBJECT_STORE_BYTES = 80 << 20
 #: Ray gives its own processes thirty seconds to start, which a busy machine may need all of.
 _STARTS = 2
-#: Read by Ray when it is imported. The first is the only way to its loopback mode; the last two would have it
-#: end ranks that fill a machine's memory on purpose, and warn about the GPUs of ranks without one.
+#: Read by Ray when it is imported. No usage statistics; and no word of its own on standard output, where it
+#: would tell of deaths that `engine.exec.watch` tells of.
+_ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS_SKIP_REGEX": "."}
+#: The same, for a local cluster. The first is the only way to loopback mode; with the last two Ray neither
+#: ends ranks that fill the machine's memory on purpose, nor warns about the GPUs of ranks without one.
 _LOCAL_ENVIRONMENT = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     "RAY_AUTH_MODE": "token",
@@ -46,12 +49,8 @@ def join(address: str | None, cpus: int) -> str:
     this process. (Where the application imported Ray before, it listens on the node's address as well.)
     Raises ConfigError when the cluster at `address` cannot be joined, EngineError when Ray does not start.
     """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    if address is None and "ray" not in sys.modules:
-        for name, value in _LOCAL_ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
-        if "RAY_AUTH_TOKEN_PATH" not in os.environ:  # without one Ray writes a token into the home folder
-            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    if "ray" not in sys.modules:
+        _prepare_import(local=address is None)
     import ray
 
     logging.getLogger("ray").setLevel(logging.ERROR)
@@ -61,6 +60,13 @@ def join(address: str | None, cpus: int) -> str:
         else:
             _join_remote(address)
     return "127.0.0.1" if address is None else ray.util.get_node_ip_address()
+
+
+def _prepare_import(local: bool) -> None:
+    for name, value in (_ENVIRONMENT | (_LOCAL_ENVIRONMENT if local else {})).items():
+        os.environ.setdefault(name, value)
+    if local and "RAY_AUTH_TOKEN_PATH" not in os.environ:  # Ray would write a token into the home folder
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
 
 def _start_local(cpus: int) -> None:

@@ -46,6 +46,7 @@ class Place:
     host: str
     pid: int
     address: str  # IP
+    log: str  # file of its standard error, "" where that is none
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +92,7 @@ class RankProcess:
 
         adopt(os.environ, environment)
         node = ray.get_runtime_context().get_node_id()
-        return Place(node, socket.gethostname(), os.getpid(), ray.util.get_node_ip_address())
+        return Place(node, socket.gethostname(), os.getpid(), ray.util.get_node_ip_address(), _log_file())
 
     @_answering
     def rendezvous(self, address: str, world: int) -> str:
@@ -152,6 +153,14 @@ class RankProcess:
         finally:
             self._channel.close()
         self._worker.close()
+
+
+def _log_file() -> str:
+    try:
+        name = os.readlink("/proc/self/fd/2")
+    except OSError:
+        return ""
+    return name if os.path.isfile(name) else ""
 
 
 def _end_with(orphaned: threading.Event) -> None:

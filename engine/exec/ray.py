@@ -23,7 +23,7 @@ from engine.exec.base import RankReport
 from engine.exec.channel import STOP, DriverChannel
 from engine.exec.environment import for_ranks
 from engine.exec.rank import Place, RankProcess
-from engine.exec.watch import Watch, cause_of, first_cause
+from engine.exec.watch import Watch, cause_of, first_cause, process
 from engine.exec.wire import StepPlan, StepResult, pack_plan, unpack_result
 
 log = logging.getLogger(__name__)
@@ -43,6 +43,7 @@ class RayExecutor:
         self._actors: list[Any] = []
         self._places: list[Place] = []
         self._processes: list[psutil.Process] = []  # of the ranks on this node
+        self._logs: dict[int, str] = {}  # theirs, by rank
         self._group: Any = None
         self._channel: DriverChannel | None = None
         self._watch: Watch | None = None
@@ -127,7 +128,9 @@ class RayExecutor:
         order = cluster.driver_first([p.node for p in places])
         self._actors, self._places = [self._actors[i] for i in order], [places[i] for i in order]
         here = cluster.this_node()
-        self._processes = [psutil.Process(p.pid) for p in self._places if p.node == here]
+        near = {rank: p for rank, p in enumerate(self._places) if p.node == here}
+        self._processes = [found for p in near.values() if (found := process(p.pid)) is not None]
+        self._logs = {rank: p.log for rank, p in near.items()}
         log.info("ranks_placed %s", " ".join(f"{r}={p.host}:{p.pid}" for r, p in enumerate(self._places)))
 
     def _load(self) -> list[RankReport]:
@@ -175,8 +178,9 @@ class RayExecutor:
     def _answer(self, ref: Any, ranks: dict[Any, int]) -> Any:
         import ray
 
-        if cause_of(ref, ranks[ref]) is not None and (cause := first_cause(ranks)) is not None:
-            raise cause.error
+        failed = cause_of(ref, ranks[ref], self._logs)
+        if failed is not None:
+            raise (first_cause(ranks, self._logs) or failed).error
         return ray.get(ref)
 
     # -- steps -----------------------------------------------------------------------------------
@@ -246,5 +250,5 @@ class RayExecutor:
             ray.util.remove_placement_group(group)  # also ends what does not hear a kill: stopped processes
         # Their memory must be free before other ranks load.
         _, alive = psutil.wait_procs(self._processes, timeout=END_S)
-        for process in alive:
-            process.kill()
+        for rank in alive:
+            rank.kill()

@@ -7,6 +7,7 @@ waits there. Knows nothing of placement or of what a step computes.
 
 from __future__ import annotations
 
+import os
 import re
 import threading
 import time
@@ -30,6 +31,8 @@ LOOK_S = 1.5
 CULPRIT_S = 3.0
 #: Lines that evidence has at most, and those at its end that tell where a rank stood.
 _LINES, _TAIL = 40, 8
+#: Bytes of a dead rank's log that are shown.
+_LOG_BYTES = 2000
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 #: How much an ended call explains, best first.
@@ -45,14 +48,14 @@ class Cause:
     error: EngineError = field(compare=False)
 
 
-def cause_of(ref: Any, rank: int) -> Cause | None:
-    """Of an ended call; None when it ended well."""
+def cause_of(ref: Any, rank: int, logs: Mapping[int, str]) -> Cause | None:
+    """Of an ended call; None when it ended well. `logs`: files of the ranks on this node, by rank."""
     import ray
 
     try:
         value = ray.get(ref)
     except ray.exceptions.RayError as e:
-        return Cause(_DIED, rank, WorkerDied(rank, _short(str(e))))
+        return Cause(_DIED, rank, WorkerDied(rank, _last_words(str(e), logs.get(rank, ""))))
     if not isinstance(value, Failure):
         return None
     if value.kind:
@@ -61,14 +64,14 @@ def cause_of(ref: Any, rank: int) -> Cause | None:
     return Cause(order, rank, WorkerDied(rank, _short(value.text)))
 
 
-def first_cause(ranks: Mapping[Any, int]) -> Cause | None:
+def first_cause(ranks: Mapping[Any, int], logs: Mapping[int, str]) -> Cause | None:
     """Of calls (their ranks by reference) of which one at least has ended. None when those ended well."""
     import ray
 
     deadline = time.monotonic() + CULPRIT_S
     while True:
         ended, pending = ray.wait(list(ranks), num_returns=len(ranks), timeout=0)
-        best = min(filter(None, (cause_of(ref, ranks[ref]) for ref in ended)), default=None)
+        best = min(filter(None, (cause_of(ref, ranks[ref], logs) for ref in ended)), default=None)
         if best is None or best.order < _BROKEN_COLLECTIVE or not pending or time.monotonic() > deadline:
             return best
         time.sleep(0.05)
@@ -89,7 +92,8 @@ class Watch:
         self.death: WorkerDied | None = None
         self._channel, self._step_timeout_s, self._waiting_since = channel, step_timeout_s, waiting_since
         self._seen = dict.fromkeys(range(len(places)), time.monotonic())
-        self._processes = {rank: _process(p.pid) for rank, p in enumerate(places) if p.node == node}
+        self._processes = {rank: process(p.pid) for rank, p in enumerate(places) if p.node == node}
+        self._logs = {rank: places[rank].log for rank in self._processes}
         self._loops: dict[Any, int] = {}
         self._stopping, self._dead = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._watch, name="rank-watch", daemon=True)
@@ -130,7 +134,7 @@ class Watch:
         ended, _ = ray.wait(list(self._loops), timeout=0)
         if not ended or self._stopping.is_set():
             return None
-        cause = first_cause(self._loops)
+        cause = first_cause(self._loops, self._logs)
         if cause is None:
             return WorkerDied(self._loops[ended[0]], "it heard no more of the driver and ended itself")
         if cause.order == _BROKEN_COLLECTIVE:
@@ -177,16 +181,30 @@ def _short(text: str) -> str:
     return "\n".join(lines[-_LINES:])
 
 
-def _process(pid: int) -> psutil.Process | None:
+def _last_words(rays: str, log: str) -> str:
+    """How a process ended, by Ray's word without its guesses, and by the end of its own log."""
+    detail = re.search(r"Worker exit detail: (.*?)(?: Some common causes|$)", rays, re.DOTALL)
+    text = f"its process died: {detail[1] if detail else rays}"
+    try:
+        with open(log, "rb") as file:
+            file.seek(max(0, os.stat(log).st_size - _LOG_BYTES))
+            lines = file.read().decode(errors="replace").splitlines()
+    except OSError:
+        lines = []
+    words = "\n".join(line for line in lines if not line.startswith((":job_id:", ":actor_name:")))
+    return _short(f"{text}\nits log ends with:\n{words}" if words else text)
+
+
+def process(pid: int) -> psutil.Process | None:
+    """None when it is gone already."""
     try:
         return psutil.Process(pid)
     except psutil.NoSuchProcess:
-        return None  # Ray tells how it ended
+        return None
 
 
-def _is_stopped(process: psutil.Process | None) -> bool:
+def _is_stopped(rank: psutil.Process | None) -> bool:
     try:
-        stopped = (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
-        return process is not None and process.status() in stopped
+        return rank is not None and rank.status() in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
     except psutil.NoSuchProcess:
         return False

@@ -38,21 +38,29 @@ def test_a_killed_driver_leaves_no_process_not_even_a_stopped_rank() -> None:
     assert not toy.left_of(family, 20)
 
 
-def test_ranks_outlive_the_thread_that_started_them_and_nothing_reaches_the_terminal() -> None:
+def test_ray_keeps_ranks_without_their_starter_leaves_signals_alone_and_says_nothing() -> None:
     driver = _driver("""
-        import signal, threading, time
+        import os, signal, threading, time
+        from engine.errors import WorkerDied
         from tests.engine.exec import toy
 
         mine = lambda *_: None
         signal.signal(signal.SIGTERM, mine)
         ranks = toy.executor()
-        starter = threading.Thread(target=ranks.start)
+        pids = []
+        starter = threading.Thread(target=lambda: pids.extend(r.pid for r in ranks.start()))
         starter.start()
         starter.join()
         time.sleep(0.5)
         print(toy.answer(ranks, 3), signal.getsignal(signal.SIGTERM) is mine)
+        os.kill(pids[1], signal.SIGKILL)
+        try:
+            toy.answer(ranks, 4)
+        except WorkerDied as death:
+            print(death.rank)
         ranks.stop()
+        time.sleep(1)
     """)
     out, err = driver.communicate(timeout=120)
-    assert (out, err) == (f"{toy.expected(3)} True\n", "")
+    assert (out, err) == (f"{toy.expected(3)} True\n1\n", "")
     assert driver.returncode == 0

@@ -28,7 +28,12 @@ def _death(ranks: RayExecutor) -> tuple[WorkerDied, float]:
 
 @pytest.mark.parametrize(
     ("how", "evidence"),
-    [("kill", "died"), ("stop", "process is stopped"), ("raise", "rank one cannot add"), ("exit", "died")],
+    [
+        ("kill", "its process died"),
+        ("stop", "its process is stopped"),
+        ("raise", "rank one cannot add"),
+        ("exit", "rank one has had enough"),
+    ],
 )
 def test_a_lost_rank_is_named_and_nothing_of_its_group_stays(how: str, evidence: str) -> None:
     ranks = toy.executor()

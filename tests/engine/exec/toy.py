@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from typing import Any
 
@@ -49,6 +50,7 @@ class ToyWorker:
         if self.rank == 1 and plan.step == RAISE:
             raise ArithmeticError("rank one cannot add")
         if self.rank == 1 and plan.step == EXIT:
+            print("rank one has had enough", file=sys.stderr, flush=True)
             os._exit(7)
         if self.rank == 1 and plan.step == HANG:
             _wait_for_ever()
