@@ -162,9 +162,8 @@ def this_node() -> str:
     return ray.get_runtime_context().get_node_id()
 
 
-def driver_first(nodes: list[str]) -> list[int]:
-    """The order in which actors become ranks 0, 1, ...: those on the driver's node first, then node by node,
-    so that neighbouring ranks share a host."""
-    here = this_node()
+def driver_first(nodes: list[str], here: str) -> list[int]:
+    """The order in which actors, by the node of each, become ranks 0, 1, ...: those on the driver's node
+    (`here`) first, then node by node, so that neighbouring ranks share a host."""
     first = {node: i for i, node in reversed(list(enumerate(nodes)))}
     return sorted(range(len(nodes)), key=lambda i: (nodes[i] != here, first[nodes[i]], i))

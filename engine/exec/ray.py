@@ -125,9 +125,9 @@ class RayExecutor:
         if local and sys.platform == "linux":
             environment.setdefault("GLOO_SOCKET_IFNAME", "lo")  # gloo would listen on the node's address
         places = self._all("place", environment, timeout_s=PLACE_S)
-        order = cluster.driver_first([p.node for p in places])
-        self._actors, self._places = [self._actors[i] for i in order], [places[i] for i in order]
         here = cluster.this_node()
+        order = cluster.driver_first([p.node for p in places], here)
+        self._actors, self._places = [self._actors[i] for i in order], [places[i] for i in order]
         near = {rank: p for rank, p in enumerate(self._places) if p.node == here}
         self._processes = [found for p in near.values() if (found := process(p.pid)) is not None]
         self._logs = {rank: p.log for rank, p in near.items()}

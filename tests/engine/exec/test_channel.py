@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import pickle
+import re
 import threading
+from pathlib import Path
 
+import pytest
 import zmq
 
+from engine.exec import channel, rank, ray, wire
 from engine.exec.channel import DriverChannel, Endpoint, RankChannel
 
 
@@ -68,3 +73,15 @@ def test_a_plain_peer_cannot_join() -> None:
         plain.close(linger=0)
         context.term()
         driver.close()
+
+
+def test_no_frame_is_ever_unpickled() -> None:
+    for module in (channel, wire, rank, ray):
+        source = Path(module.__file__ or "").read_text()
+        assert not re.search(r"import \w*pickle|from \w*pickle|\.(send|recv)_pyobj|torch\.load", source), (
+            module
+        )
+    bomb = pickle.dumps(Path("/"))
+    for unpack in (wire.unpack_plan, wire.unpack_result):
+        with pytest.raises(ValueError, match=r"."):
+            unpack(bomb)

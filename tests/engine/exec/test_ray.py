@@ -16,6 +16,7 @@ from tests.engine.exec import toy
 @pytest.fixture(scope="module")
 def ranks() -> Iterator[RayExecutor]:
     """Two that run, for the tests that do them no harm."""
+    cluster.join(None, 2)  # before: Ray's own processes inherit all that is set now
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("HEADRACE_TEST_FLAG", "on")
         environment.setenv("UNRELATED_TEST_FLAG", "on")
@@ -97,6 +98,11 @@ def test_a_stop_leaves_no_rank_and_no_place_behind_and_may_come_twice() -> None:
 def test_a_ranks_user_error_arrives_as_itself() -> None:
     with pytest.raises(CheckpointError, match=r"^tensor model\.norm\.weight is missing$"):
         toy.executor("BrokenWorker").start()
+
+
+def test_ranks_on_the_drivers_node_come_first_and_neighbours_share_a_node() -> None:
+    assert cluster.driver_first(["b", "a", "here", "b", "a", "here"], "here") == [2, 5, 0, 3, 1, 4]
+    assert cluster.driver_first(["b", "a", "b"], "here") == [0, 2, 1]
 
 
 def test_more_ranks_than_places_are_refused_at_once() -> None:
