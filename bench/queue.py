@@ -1,6 +1,6 @@
 """Times the queue alone: a producer, one engine that echoes, a sink that counts; three processes, one server.
 
-    python bench/queue.py [--jobs 20000] [--redis URL]
+    python bench/queue.py [--jobs 20000] [--rows 256] [--redis URL]
 
 Prints one JSON line. `jobs_s` is end to end, from the first submit to the last acknowledged completion, with
 every state change made by the ledger's scripts and the embedded server's default fsync rule.
@@ -20,16 +20,16 @@ import multiprocessing
 import tempfile
 import time
 from contextlib import ExitStack
+from queue import SimpleQueue
+from threading import Semaphore, Thread
 
 from headrace.connection import connect
 from headrace.embedded import EmbeddedServer
-from headrace.ledger import Ledger
+from headrace.ledger import BATCH, Leased, Ledger
 from headrace.messages import Choice, Completion, Job, Kind, Status, Timings, Usage
 from headrace.store import Store
 
 LANE, RUN, GROUP = "bench", "bench", "sink"
-#: As the service does it: 64 rows and a look-ahead of a quarter.
-LEASE = 80
 
 
 def produce(url: str, jobs: int, bound: int) -> None:
@@ -50,15 +50,36 @@ def produce(url: str, jobs: int, bound: int) -> None:
                 time.sleep(0.002)
 
 
-def echo(url: str) -> None:
-    """Leases, validates, answers, finishes; until it is ended."""
+def echo(url: str, rows: int) -> None:
+    """An engine whose model answers at once, until it is ended. As in the service, one thread leases as many
+    jobs as there are free rows and a quarter more, and another finishes what is done, up to 200 in a call."""
     store, ledger = Store(connect(url)), Ledger(LANE)
+    done: SimpleQueue[list[tuple[Leased, Completion]]] = SimpleQueue()
+    most, free = rows + rows // 4, Semaphore(0)
+
+    def commit() -> None:
+        while True:
+            items = done.get()
+            while not done.empty() and len(items) < BATCH:
+                items += done.get()
+            store.run(ledger.finish("echo", items))
+            free.release(len(items))
+
+    Thread(target=commit, daemon=True).start()
+    room = most
     while True:
-        leased = store.run(ledger.lease("echo", LEASE)) or store.run(
-            ledger.wait_for_jobs("echo", LEASE, 1000)
-        )
-        if leased:
-            store.run(ledger.finish("echo", [(one, _answer(Job.parse(one.raw))) for one in leased]))
+        if room < most // 8:
+            free.acquire()
+            room += 1
+        while free.acquire(blocking=False):
+            room += 1
+        if room >= most // 8:
+            leased = store.run(ledger.lease("echo", room)) or store.run(
+                ledger.wait_for_jobs("echo", room, 1000)
+            )
+            room -= len(leased)
+            if leased:
+                done.put([(one, _answer(Job.parse(one.raw))) for one in leased])
 
 
 def _answer(job: Job) -> Completion:
@@ -80,13 +101,14 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=20_000)
     parser.add_argument("--redis", metavar="URL", help="use this server (default: an embedded one)")
     parser.add_argument("--bound", type=int, default=2_000, help="jobs that may wait or be leased at once")
+    parser.add_argument("--rows", type=int, default=256, help="rows of the engine (--max-num-seqs)")
     args = parser.parse_args()
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         url = args.redis or stack.enter_context(EmbeddedServer(folder)).url
         store, ledger = Store(connect(url)), Ledger(LANE)
         store.run(ledger.ensure_sink(RUN, GROUP))
-        engine = multiprocessing.Process(target=echo, args=(url,), daemon=True)
+        engine = multiprocessing.Process(target=echo, args=(url, args.rows), daemon=True)
         producer = multiprocessing.Process(target=produce, args=(url, args.jobs, args.bound), daemon=True)
         engine.start()
         time.sleep(0.5)
@@ -109,6 +131,7 @@ def main() -> None:
         print(json.dumps({
             "bench": "queue",
             "jobs": args.jobs,
+            "rows": args.rows,
             "seconds": round(seconds, 3),
             "jobs_s": round(args.jobs / seconds),
             "latency_p50_ms": round(latencies[len(latencies) // 2] * 1000, 1),
