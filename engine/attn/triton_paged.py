@@ -6,8 +6,8 @@ and a program finds its row by bisection, so the grid depends on shapes only and
 host. Keys are read once per tile, with an online softmax in float32; there is no split over keys, so a
 query's result does not depend on which rows share its step.
 
-State: checked against `engine.attn.sdpa` in Triton's interpreter (float32, no GPU); it has not been run
-or timed on a GPU yet.
+State: equal to `engine.attn.sdpa` in Triton's interpreter (float32), and compiled for sm_90 in float32,
+bfloat16 and float16 (Triton 3.9); it has not been run or timed on a GPU yet.
 
 Suffixes: T tokens, N heads, K KV heads, H head size.
 """
@@ -69,7 +69,7 @@ class TritonBackend:
         window = s.windows[layer]
         _attend[(tiles, s.num_kv_heads)](
             out_TNH, q_TNH, k_cache, v_cache, step.tables_RB, self.cu, self.starts, rows,
-            step.tables_RB.stride(0), self.scale, 0 if window is None else window,
+            step.tables_RB.stride(0), self.scale, WINDOW=window or 0,
             N=s.num_heads, K=s.num_kv_heads, G=self.group, H=s.head_dim,
             PADDED_H=max(16, triton.next_power_of_2(s.head_dim)), BLOCK_SIZE=s.block_size,
             BLOCK_Q=self.block_q, BLOCK_M=self.block_m, TILE=TILE,
@@ -90,7 +90,7 @@ def _store(k, v, k_cache, v_cache, slots, WIDTH: tl.constexpr, PADDED: tl.conste
 
 @triton.jit
 def _attend(
-    out, q, k_cache, v_cache, tables, cu, starts, rows, table_stride, scale, window,
+    out, q, k_cache, v_cache, tables, cu, starts, rows, table_stride, scale, WINDOW: tl.constexpr,
     N: tl.constexpr, K: tl.constexpr, G: tl.constexpr, H: tl.constexpr, PADDED_H: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
@@ -98,7 +98,7 @@ def _attend(
     more than it needs, so that the number of tiles is known without looking at the rows."""
     tile = tl.program_id(0)
     kv_head = tl.program_id(1)
-    low = 0
+    low: tl.int32 = 0
     high = rows
     while low < high:  # the last row whose tiles begin at or before this one
         middle = (low + high) // 2
@@ -123,8 +123,8 @@ def _attend(
 
         end = start + tl.minimum(query0 + BLOCK_Q, count)  # keys that some query of the tile sees
         begin = 0
-        if window > 0:
-            begin = tl.maximum(start + query0 - window + 1, 0) // TILE * TILE
+        if WINDOW > 0:
+            begin = tl.maximum(start + query0 - WINDOW + 1, 0) // TILE * TILE
         best = tl.full([BLOCK_M], float("-inf"), tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
         acc = tl.zeros([BLOCK_M, PADDED_H], tl.float32)
@@ -139,8 +139,8 @@ def _attend(
             k_LH = tl.load(k_cache + kv_at[:, None] + h[None, :], mask=live, other=0.0)
             v_LH = tl.load(v_cache + kv_at[:, None] + h[None, :], mask=live, other=0.0)
             seen = (key[None, :] <= position[:, None]) & written[None, :]
-            if window > 0:
-                seen = seen & (key[None, :] > position[:, None] - window)
+            if WINDOW > 0:
+                seen = seen & (key[None, :] > position[:, None] - WINDOW)
             score = tl.dot(q_MH, tl.trans(k_LH), input_precision="ieee") * scale
             score = tl.where(seen, score, float("-inf"))
             new_best = tl.maximum(best, tl.max(score, axis=1))
