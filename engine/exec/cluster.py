@@ -129,17 +129,19 @@ def reserve(ranks: int, gpus: bool, cpus: int, wait: bool) -> Any:
 
     kind, each = ("GPU", 1) if gpus else ("CPU", cpus)
     need = ranks * each
-    deadline = time.monotonic() + PLACEMENT_TIMEOUT_S
     if wait or ray.cluster_resources().get(kind, 0) >= need:
         group = placement_group([{kind: float(each)}] * ranks, strategy="PACK")
-        interval = 5.0
-        while not group.wait(min(interval, max(0.1, deadline - time.monotonic()))):
-            if time.monotonic() > deadline:
+        began, interval, told = time.monotonic(), 5.0, 0.0
+        while not group.wait(1):
+            time.sleep(0.1)  # Ray's own wait may return at once
+            waited = time.monotonic() - began
+            if waited > PLACEMENT_TIMEOUT_S:
                 remove_placement_group(group)
                 break
-            free = ray.available_resources().get(kind, 0)
-            log.warning("waiting_for_resources need=%d kind=%s free=%g", need, kind, free)
-            interval *= 2
+            if waited - told > interval:
+                told, interval = waited, interval * 2
+                free = ray.available_resources().get(kind, 0)
+                log.warning("waiting_for_resources need=%d kind=%s free=%g", need, kind, free)
         else:
             return group
     free, nodes = ray.available_resources().get(kind, 0), len(ray.nodes())

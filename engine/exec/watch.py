@@ -22,9 +22,9 @@ from engine.errors import EngineError, WorkerDied
 from engine.exec.channel import BEAT_S, DriverChannel
 from engine.exec.rank import USER_ERRORS, Failure, Place
 
-#: Seconds of silence after which a rank counts as hung. While it starts, it may hold Python's lock for long
-#: (imports, slow disks) without a sign of life.
-SILENCE_S, START_SILENCE_S = 8.0, 300.0
+#: Seconds of silence after which a rank counts as hung: on another node; on this one, where it is looked at;
+#: and while it starts, as imports and slow disks may hold Python's lock for long.
+SILENCE_S, NEAR_SILENCE_S, START_SILENCE_S = 5.0, 30.0, 300.0
 #: Seconds of silence after which a rank on this node is looked at: a stopped process is found by that.
 LOOK_S = 1.5
 #: Seconds to wait for the rank that is to blame, where all that is known is that a collective broke.
@@ -146,9 +146,11 @@ class Watch:
         return error if isinstance(error, WorkerDied) else WorkerDied(cause.rank, str(error))
 
     def _silent(self) -> WorkerDied | None:
-        limit = SILENCE_S if self._loops else START_SILENCE_S
         for rank, at in self._seen.items():
             silence = time.monotonic() - at
+            limit = NEAR_SILENCE_S if rank in self._processes else SILENCE_S
+            if not self._loops:
+                limit = START_SILENCE_S
             if silence > LOOK_S and _is_stopped(self._processes.get(rank)):
                 return WorkerDied(rank, f"its process is stopped; no sign of life for {silence:.1f} s")
             if silence > limit:

@@ -78,9 +78,7 @@ def test_a_plain_peer_cannot_join() -> None:
 def test_no_frame_is_ever_unpickled() -> None:
     for module in (channel, wire, rank, ray):
         source = Path(module.__file__ or "").read_text()
-        assert not re.search(r"import \w*pickle|from \w*pickle|\.(send|recv)_pyobj|torch\.load", source), (
-            module
-        )
+        assert not re.search(r"(import|from) \w*pickle|(send|recv)_pyobj|torch\.load", source), module
     bomb = pickle.dumps(Path("/"))
     for unpack in (wire.unpack_plan, wire.unpack_result):
         with pytest.raises(ValueError, match=r"."):
