@@ -116,6 +116,8 @@ def main() -> None:
         producer.start()
         latencies: list[float] = []
         while len(latencies) < args.jobs:
+            if not engine.is_alive() or producer.exitcode:
+                raise SystemExit("the echo engine or the producer died; its error stands above")
             delivered = store.run(ledger.read_results(RUN, GROUP, "sink", 500, 1000))
             for one in delivered:
                 timings = Completion.parse(one.raw).timings
