@@ -9,6 +9,7 @@
 // Layouts: cache [blocks, block_size, kv_heads, head_dim]; q and out [tokens, heads * head_dim] by stride.
 
 #include <cmath>
+#include <type_traits>
 #include <vector>
 
 #include "vec.h"
@@ -64,7 +65,7 @@ template <typename T>
 inline void prefetch(const T* const* rows, int head_dim) {
   for (int j = 0; j < LANES; j++)
     for (size_t byte = 0; byte < head_dim * sizeof(T); byte += 64)
-      __builtin_prefetch(reinterpret_cast<const char*>(rows[j]) + byte);
+      __builtin_prefetch(reinterpret_cast<const char*>(rows[j]) + byte, 0, 2);
 }
 
 // Rows as floats: the cache itself, or a widened copy.
@@ -103,24 +104,40 @@ inline vf dots(const bf16* q, const bf16* const* k, int head_dim) {
 }
 #endif
 
-// acc += sum over the 16 keys of p[j] * v[j], in key order. Four vectors of the head at a time, because one
-// alone would wait for each addition.
-inline void weigh(const float* p, const float* const* v, int head_dim, float* acc) {
-  int c = 0;
-  for (; c + 4 * LANES <= head_dim; c += 4 * LANES) {
-    vf a[4];
-    for (int i = 0; i < 4; i++) a[i] = load(acc + c + i * LANES);
-    for (int j = 0; j < LANES; j++) {
-      vf w = broadcast(p[j]);
-      for (int i = 0; i < 4; i++) a[i] += w * load(v[j] + c + i * LANES);
+// acc[i] += sum over the 16 keys of p[i][j] * v[j], in key order, for N queries and M vectors of the head.
+template <int N, int M, typename T>
+inline void weigh(const float* p, const T* const* v, int head_dim, int c, float* acc) {
+  vf a[N][M];
+  for (int i = 0; i < N; i++)
+    for (int m = 0; m < M; m++) a[i][m] = load(acc + i * head_dim + c + m * LANES);
+#pragma GCC unroll 2
+  for (int j = 0; j < LANES; j++) {
+    vf x[M];
+    for (int m = 0; m < M; m++) x[m] = load(v[j] + c + m * LANES);
+    for (int i = 0; i < N; i++) {
+      vf w = broadcast(p[i * PASS + j]);
+      for (int m = 0; m < M; m++) a[i][m] += w * x[m];
     }
-    for (int i = 0; i < 4; i++) store(acc + c + i * LANES, a[i]);
   }
-  for (; c < head_dim; c += LANES) {
-    vf a = load(acc + c);
-    for (int j = 0; j < LANES; j++) a += broadcast(p[j]) * load(v[j] + c);
-    store(acc + c, a);
-  }
+  for (int i = 0; i < N; i++)
+    for (int m = 0; m < M; m++) store(acc + i * head_dim + c + m * LANES, a[i][m]);
+}
+
+// The same for any number of queries: values are read, and widened, once for four of them.
+template <typename T>
+inline void weigh_all(const float* p, const T* const* v, int head_dim, int queries, float* acc) {
+  int i = 0;
+  auto some = [&](auto n) {
+    constexpr int N = decltype(n)::value;
+    for (; i + N <= queries; i += N) {
+      int c = 0;
+      for (; c + 4 * LANES <= head_dim; c += 4 * LANES) weigh<N, 4>(p + i * PASS, v, head_dim, c, acc + i * head_dim);
+      for (; c < head_dim; c += LANES) weigh<N, 1>(p + i * PASS, v, head_dim, c, acc + i * head_dim);
+    }
+  };
+  some(std::integral_constant<int, 4>{});
+  some(std::integral_constant<int, 2>{});
+  some(std::integral_constant<int, 1>{});
 }
 
 template <typename T>
@@ -149,28 +166,27 @@ void attend(const Step<T>& s, int row, int kv_head, int first, int count, Scratc
 
   const int oldest = s.window ? (position - s.window + 1 > 0 ? position - s.window + 1 : 0) : 0;
   const vi lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  const T* rows[LANES];
+  const T *k_rows[GROUPS][LANES], *v_rows[GROUPS][LANES];
   const float* wide[LANES];
   for (int base = oldest / PASS * PASS; base <= last; base += PASS) {
     const int groups = (last - base) / LANES + 1 < GROUPS ? (last - base) / LANES + 1 : GROUPS;
-    rows_of(s, s.k, table, kv_head, base, last, zero, rows);
     for (int g = 0; g < groups; g++) {
-      const T* now[LANES];
-      std::memcpy(now, rows, sizeof now);
-      if (g + 1 < groups) {
-        rows_of(s, s.k, table, kv_head, base + (g + 1) * LANES, last, zero, rows);
-      } else {
-        rows_of(s, s.v, table, kv_head, base, last, zero, rows);
-      }
-      prefetch(rows, h);
-      if (widened) widen(now, h, b.wide.data(), wide);
+      rows_of(s, s.k, table, kv_head, base + g * LANES, last, zero, k_rows[g]);
+      rows_of(s, s.v, table, kv_head, base + g * LANES, last, zero, v_rows[g]);
+    }
+    prefetch(k_rows[0], h);
+    for (int g = 0; g < groups; g++) {
+      if (g + 1 < groups) prefetch(k_rows[g + 1], h);
+      prefetch(v_rows[g], h);
+      const T* const* rows = k_rows[g];
+      if (widened) widen(rows, h, b.wide.data(), wide);
       vi key = lane + (base + g * LANES);
       for (int i = 0; i < queries; i++) {
         const int at = position + i / share;
         vf score;
 #ifdef __AVX512BF16__
         if constexpr (pairs)
-          score = widened ? dots(&b.q[i * h], wide, h) : dots(query(i), now, h);
+          score = widened ? dots(&b.q[i * h], wide, h) : dots(query(i), rows, h);
         else
 #endif
           score = dots(&b.q[i * h], wide, h);
@@ -203,16 +219,7 @@ void attend(const Step<T>& s, int row, int kv_head, int first, int count, Scratc
         for (int c = 0; c < h; c += LANES) store(&b.acc[i * h + c], load(&b.acc[i * h + c]) * decay);
     }
 
-    for (int g = 0; g < groups; g++) {
-      const T* now[LANES];
-      std::memcpy(now, rows, sizeof now);
-      if (g + 1 < groups) {
-        rows_of(s, s.v, table, kv_head, base + (g + 1) * LANES, last, zero, rows);
-        prefetch(rows, h);
-      }
-      widen(now, h, b.wide.data(), wide);
-      for (int i = 0; i < queries; i++) weigh(&b.scores[i * PASS + g * LANES], wide, h, &b.acc[i * h]);
-    }
+    for (int g = 0; g < groups; g++) weigh_all(&b.scores[g * LANES], v_rows[g], h, queries, b.acc.data());
   }
 
   for (int i = 0; i < queries; i++) {

@@ -6,16 +6,17 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import redis
 
 from headrace.cli.demo import table
 from headrace.cli.main import main
 from headrace.embedded import EmbeddedServer
+from headrace.ledger import Ledger
 from headrace.messages import Completion
 from producer.lines import open_input, read_lines
 from producer.load import parser_for
@@ -94,11 +95,16 @@ def test_two_sinks_with_names_of_their_own_both_get_everything(job: Job, server:
     job.write_many(50)
     queue = ["--redis", server.url, "--lane", "l"]
     first, second = job.folder / "a.jsonl", job.folder / "b.jsonl"
-    sinks = [start("sink", "jsonl", path, *queue, "--until-idle", "3") for path in (first, second)]
-    time.sleep(1.5)  # both groups exist before the first entry may be trimmed
+    sinks = [start("sink", "jsonl", path, *queue) for path in (first, second)]
+    client = redis.Redis.from_url(server.url)
+    results = Ledger("l").keys.results(None)
+    # both groups must stand before the first entry may be trimmed
+    wait_for(lambda: client.exists(results) and len(client.xinfo_groups(results)) == 2)
     engine = echo_engine(server.url, "l")
     assert ended(start("submit", job.input, *queue, "--wait")).code == 0
+    wait_for(lambda: all(path.exists() and path.read_bytes().count(b"\n") >= 50 for path in (first, second)))
     for sink in sinks:
+        sink.terminate()
         result = ended(sink)
         assert result.code == 0, result.err
     engine.kill()

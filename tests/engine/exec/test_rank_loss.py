@@ -33,6 +33,7 @@ def _death(ranks: RayExecutor) -> tuple[WorkerDied, float]:
         ("stop", "its process is stopped"),
         ("raise", "rank one cannot add"),
         ("exit", "rank one has had enough"),
+        ("late", "rank one gave up first"),
     ],
 )
 def test_a_lost_rank_is_named_and_nothing_of_its_group_stays(how: str, evidence: str) -> None:
@@ -43,7 +44,7 @@ def test_a_lost_rank_is_named_and_nothing_of_its_group_stays(how: str, evidence:
         ranks.submit(toy.plan(toy.SLOW))
         os.kill(pids[1], signal.SIGKILL if how == "kill" else signal.SIGSTOP)
     else:
-        ranks.submit(toy.plan(toy.RAISE if how == "raise" else toy.EXIT))
+        ranks.submit(toy.plan({"raise": toy.RAISE, "exit": toy.EXIT, "late": toy.LATE}[how]))
     death, seconds = _death(ranks)
     assert death.rank == 1, death
     assert evidence in death.evidence
@@ -56,7 +57,9 @@ def test_a_lost_rank_is_named_and_nothing_of_its_group_stays(how: str, evidence:
 
 def test_a_rank_that_dies_between_steps_is_named_by_the_next_and_a_new_group_goes_on() -> None:
     ranks = toy.executor()
-    os.kill(ranks.start()[0].pid, signal.SIGKILL)
+    pid = ranks.start()[0].pid
+    os.kill(pid, signal.SIGKILL)
+    assert not toy.left_of({pid}, 5)  # so that the channel knows before Ray does
 
     def step_on() -> None:
         for step in range(1000):

@@ -13,7 +13,7 @@ from tests.engine.exec import toy
 #: A driver in a process of its own, as a process has one Ray session; two Ray nodes stand for two machines.
 PROGRAM = textwrap.dedent("""
     import json, os, signal, time
-    import ray
+    import psutil, ray
     from ray.cluster_utils import Cluster
     from engine.errors import WorkerDied
     from tests.engine.exec import toy
@@ -30,6 +30,8 @@ PROGRAM = textwrap.dedent("""
         ranks.result()
     except WorkerDied as death:
         told |= {"rank": death.rank, "evidence": death.evidence, "seconds": time.monotonic() - began}
+    psutil.Process(pids[1]).parent().kill()  # its node's raylet
+    told["orphans"] = len(toy.left_of({pids[1]}, 10))
     ranks.stop()
     told["left"] = len(toy.left_of(set(pids), 10))
     print(json.dumps(told), flush=True)
@@ -38,15 +40,16 @@ PROGRAM = textwrap.dedent("""
 """)
 
 
-def test_ranks_on_two_nodes_answer_and_a_silent_one_is_named() -> None:
+def test_ranks_on_two_nodes_answer_a_silent_one_is_named_and_none_outlives_its_node() -> None:
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "ab" * 32}
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM], env=os.environ | token, capture_output=True, text=True, timeout=240
     )
     assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout.splitlines()[-1])
+    [line] = [line for line in done.stdout.splitlines() if line.startswith("{")]  # Ray speaks up as well here
+    told = json.loads(line)
     assert (told["nodes"], told["answer"]) == (2, toy.expected(3))
     assert told["rank"] == 1
     assert "no sign of life" in told["evidence"]
     assert told["seconds"] < 10
-    assert told["left"] == 0
+    assert (told["orphans"], told["left"]) == (0, 0)

@@ -26,6 +26,8 @@ from engine.parallel.comm import Comm, connect
 RAISE, EXIT, HANG = 901, 902, 903
 #: A plan that takes rank 1 half a second, and one that is answered with what `sees_test_flag` says.
 SLOW, ENVIRONMENT = 904, 905
+#: Rank 1 leaves the group, so that rank 0 fails at once; only later does it fail itself.
+LATE = 906
 
 
 class ToyWorker:
@@ -56,6 +58,10 @@ class ToyWorker:
             _wait_for_ever()
         if self.rank == 1 and plan.step == SLOW:
             time.sleep(0.5)
+        if self.rank == 1 and plan.step == LATE:
+            self.comm.close()
+            time.sleep(1)
+            raise ArithmeticError("rank one gave up first")
         if plan.step == ENVIRONMENT:
             return StepResult(plan.step, [(0, int(sees_test_flag()))]) if self.rank == 0 else None
         total = self.comm.all_reduce(torch.tensor([float(plan.step + self.rank)]))
@@ -101,8 +107,10 @@ class StoppedLoader(ToyWorker):
 
 
 def sees_test_flag() -> bool:
-    """In a rank: the flag with an allowed name is there, the other is not."""
-    return os.environ.get("HEADRACE_TEST_FLAG") == "on" and "UNRELATED_TEST_FLAG" not in os.environ
+    """In a rank: the flag with an allowed name is there, the other is not; gloo is to stay on loopback."""
+    own = os.environ
+    allowed = own.get("HEADRACE_TEST_FLAG") == "on" and "UNRELATED_TEST_FLAG" not in own
+    return allowed and own.get("GLOO_SOCKET_IFNAME") == "lo"
 
 
 def _wait_for_ever() -> None:
