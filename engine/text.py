@@ -32,6 +32,9 @@ from headrace.messages import (
     Usage,
 )
 
+#: Stands for minus infinity (a token that was masked out), which JSON does not have; as in the OpenAI API.
+LOWEST_LOGPROB = -9999.0
+
 
 @dataclass(slots=True)
 class Prepared:
@@ -256,7 +259,7 @@ def _scored(job: Job, request: Request, tokenizer: Tokenizer | None) -> Choice:
     start = request.sampling.score_from or 1
     scored = [request.prompt_logprobs[i] for i in range(start, len(request.prompt))]
     choice = Choice(
-        score=sum(t.logprob for t in scored),
+        score=sum(max(t.logprob, LOWEST_LOGPROB) for t in scored),
         is_greedy=all(t.rank == 1 for t in scored),
     )
     if job.params.return_token_ids:
@@ -273,9 +276,9 @@ def _logprob(t: TokenLogprobs, tokenizer: Tokenizer | None) -> TokenLogprob:
     return TokenLogprob(
         token_id=t.token_id,
         token=text(t.token_id),
-        logprob=t.logprob,
+        logprob=max(t.logprob, LOWEST_LOGPROB),
         rank=t.rank,
-        top=[(i, text(i), value) for i, value in t.top],
+        top=[(i, text(i), max(value, LOWEST_LOGPROB)) for i, value in t.top],
     )
 
 

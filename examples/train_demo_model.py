@@ -191,7 +191,7 @@ def save(model: Qwen3ForCausalLM, tokenizer: Tokenizer, folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=4800)
+    parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--report", type=int, default=400, help="steps between measurements")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "demo_model")
     parser.add_argument("--threads", type=int, default=2)
