@@ -24,6 +24,7 @@ from redis.backoff import ExponentialWithJitterBackoff, NoBackoff
 from redis.retry import Retry
 
 from headrace.errors import StoreError
+from headrace.requirements import unsafe
 
 log = logging.getLogger("headrace.connection")
 
@@ -33,9 +34,6 @@ MAX_BLOCK_MS = 1000
 TIMEOUT_S = 5.0
 #: Seconds for the reply to a lease renewal.
 RENEWAL_TIMEOUT_S = 2.0
-#: Oldest servers that the ledger is tested on.
-MIN_REDIS = (7, 0)
-MIN_VALKEY = (9, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +72,7 @@ def connect(url: str, allow_volatile: bool = False) -> Connections:
     shown = redacted(url)
     try:
         clients = [
-            redis.Redis.from_url(url, retry=retry, socket_timeout=timeout, **_COMMON)
+            redis.Redis.from_url(url, retry=retry, socket_timeout=timeout, **COMMON)
             for retry, timeout in (
                 (Retry(_backoff(), 3), TIMEOUT_S),
                 (Retry(NoBackoff(), 0), TIMEOUT_S + MAX_BLOCK_MS / 1000),
@@ -82,11 +80,11 @@ def connect(url: str, allow_volatile: bool = False) -> Connections:
             )
         ]
     except ValueError as e:
-        raise _bad_url(shown, e) from None
+        raise bad_url(shown, e) from None
     try:
         info = clients[0].info()
     except (rx.RedisError, OSError) as e:
-        raise _unreachable(shown, e) from None
+        raise unreachable(shown, e) from None
     check(info, shown, allow_volatile)
     idempotent, once, renewal = clients
     return Connections(idempotent, once, renewal, shown)
@@ -97,25 +95,25 @@ async def connect_async(url: str, allow_volatile: bool = False) -> AsyncConnecti
     shown = redacted(url)
     try:
         clients = [
-            redis.asyncio.Redis.from_url(url, retry=retry, socket_timeout=timeout, **_COMMON)
+            redis.asyncio.Redis.from_url(url, retry=retry, socket_timeout=timeout, **COMMON)
             for retry, timeout in (
                 (AsyncRetry(_backoff(), 3), TIMEOUT_S),
                 (AsyncRetry(NoBackoff(), 0), TIMEOUT_S + MAX_BLOCK_MS / 1000),
             )
         ]
     except ValueError as e:
-        raise _bad_url(shown, e) from None
+        raise bad_url(shown, e) from None
     try:
         info = await clients[0].info()
     except (rx.RedisError, OSError) as e:
-        raise _unreachable(shown, e) from None
+        raise unreachable(shown, e) from None
     check(info, shown, allow_volatile)
     idempotent, once = clients
     return AsyncConnections(idempotent, once, shown)
 
 
 #: RESP2 keeps replies to scripts the same on every server and redis-py version.
-_COMMON: dict[str, Any] = {
+COMMON: dict[str, Any] = {
     "decode_responses": False,
     "protocol": 2,
     "socket_connect_timeout": TIMEOUT_S,
@@ -127,40 +125,10 @@ def _backoff() -> ExponentialWithJitterBackoff:
 
 
 def check(info: dict[str, Any], shown: str, allow_volatile: bool) -> None:
-    """Refuses a server, by its INFO, on which a queue would lose jobs. Raises StoreError.
-
-    INFO and not CONFIG GET, because managed servers forbid the latter.
-    """
-    valkey = info.get("valkey_version")
-    name, version, least = (
-        ("Valkey", str(valkey), MIN_VALKEY)
-        if valkey
-        else ("Redis", str(info.get("redis_version", "0")), MIN_REDIS)
-    )
-    found = tuple(int(p) for p in re.findall(r"\d+", version)[:2])
-    if found < least:
-        wanted = ".".join(map(str, least))
-        raise StoreError(
-            f"{shown} is {name} {version}; headrace needs {name} >= {wanted}: upgrade the server"
-        )
-    if info.get("cluster_enabled"):
-        raise StoreError(
-            f"{shown} is a cluster node, which is not supported: give a server that is not clustered"
-        )
-    if info.get("role") != "master":
-        raise StoreError(f"{shown} is a replica, which takes no writes: give the URL of the primary")
-    policy = info.get("maxmemory_policy", "noeviction")
-    if info.get("maxmemory") and policy != "noeviction":
-        raise StoreError(
-            f"{shown} has maxmemory-policy {policy}, which evicts queued jobs when memory is short: "
-            "set maxmemory-policy noeviction, and use a server of its own for queues"
-        )
+    """Refuses a server, by its INFO, on which a queue would lose jobs. Raises StoreError."""
+    if problems := unsafe(info, allow_volatile):
+        raise StoreError(problems[0].line(shown))
     if not info.get("aof_enabled"):
-        if not allow_volatile:
-            raise StoreError(
-                f"{shown} has no append-only file, so a restart of it loses the queue: "
-                "set appendonly yes, or pass --allow-volatile to accept that"
-            )
         log.warning("volatile_server url=%s appendonly=no", shown)
 
 
@@ -177,13 +145,13 @@ def redacted(url: str) -> str:
     return url
 
 
-def _bad_url(shown: str, e: Exception) -> StoreError:
+def bad_url(shown: str, e: Exception) -> StoreError:
     return StoreError(
         f"{shown!r} is not a Redis URL ({e}): give redis://host:port/0, rediss://host:port/0 or unix:///path/to.sock"
     )
 
 
-def _unreachable(shown: str, e: Exception) -> StoreError:
+def unreachable(shown: str, e: Exception) -> StoreError:
     text = " ".join(str(e).split()).rstrip(".") or type(e).__name__
     if isinstance(e, rx.AuthenticationError | rx.AuthorizationError | rx.NoPermissionError):
         return StoreError(f"{shown} refuses this user: {text}: check the user and password of the URL")
