@@ -90,6 +90,7 @@ class EngineConfig:
     kv_cache_memory: float | None = None  # GiB per rank, for CPUs; None: what the machine can spare
     num_kv_blocks: int | None = None  # exact size of the pool, null block included; tests and benchmarks
     enable_prefix_caching: bool = True
+    lookahead: int = 512  # jobs beyond the running rows whose order is planned; 0: first come, first served
     seed: int = 0
     served_model_name: str | None = None
     overlap_depth: int | None = None  # steps in flight beside the awaited one; None: CPU 0, GPU 1
@@ -111,6 +112,8 @@ class EngineConfig:
             "block_size", "num_kv_blocks", "max_parallel_loading_workers", "num_threads",
         ):  # fmt: skip
             positive(name)
+        if self.lookahead < 0:
+            raise ConfigError(f"--lookahead {self.lookahead} must be 0 (first come, first served) or more.")
         if self.dtype not in DTYPES:
             raise ConfigError(f"--dtype {self.dtype} is not one of {', '.join(DTYPES)}.")
         if self.executor not in EXECUTORS:

@@ -192,6 +192,7 @@ class Engine:
             config.max_num_seqs,
             config.max_num_batched_tokens,
             self.stats,
+            lookahead=config.lookahead,
             cache_prefixes=config.enable_prefix_caching,
             salt_of=partial(prefix_salt, self.spec),
         )

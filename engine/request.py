@@ -107,6 +107,7 @@ class Request:
     monitor: Monitor | None = None
     salt: bytes = b""  # isolates the prefix cache (per tenant); empty shares it
     priority: int = 0  # lower runs first
+    run: str = ""  # requests of one run are expected to have outputs of like length
     on_token: Any = None  # optional callable(request, token_id), for streaming; sees stop token ids too
     arrival: float = 0.0  # time.monotonic() at submit; set by the engine
 
@@ -114,7 +115,7 @@ class Request:
     output: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)  # one per output token
     prompt_logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)  # by prompt position
-    seq: int = -1  # order of arrival; together with the priority it decides who runs and who is preempted
+    seq: int = -1  # order of first start; together with the priority it decides who is preempted
     computed: int = 0  # tokens whose keys and values are in its blocks (or will be, by plans sent)
     pending: int = 0  # tokens that plans sent will sample and whose results are not known yet
     cached: int = 0  # prompt tokens that the prefix cache held at first admission

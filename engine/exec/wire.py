@@ -8,8 +8,9 @@ newest token of a decoding row when it plans: the worker takes it from its own l
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgpack
 
@@ -31,9 +32,8 @@ class NewRow:
     sampling: Sampling
 
 
-@dataclass(frozen=True, slots=True)
-class RowStep:
-    """What one row computes in this step.
+class RowStep(NamedTuple):
+    """What one row computes in this step. A tuple, because a step makes, packs and unpacks one for each row.
 
     The row computes positions [start, start + count). `sample` says that the last of them is the last
     known token, so the row's next token is drawn: it becomes the token at position start + count.
@@ -41,9 +41,9 @@ class RowStep:
 
     row: int
     start: int
-    count: int
+    count: int  # type: ignore[assignment]  # nobody counts values in this tuple
     sample: bool
-    new_blocks: list[int] = field(default_factory=list)  # appended to the row's block table first
+    new_blocks: Sequence[int] = ()  # appended to the row's block table first
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +81,7 @@ class StepResult:
 
 def pack_plan(plan: StepPlan) -> bytes:
     new = [(n.row, n.tokens, n.prompt_len, n.computed, n.blocks, n.sampling.to_wire()) for n in plan.new]
-    steps = [(s.row, s.start, s.count, s.sample, s.new_blocks) for s in plan.steps]
-    return msgpack.packb((PROTOCOL, plan.step, steps, new, plan.finished))
+    return msgpack.packb((PROTOCOL, plan.step, plan.steps, new, plan.finished))
 
 
 def unpack_plan(raw: bytes) -> StepPlan:
@@ -91,7 +90,7 @@ def unpack_plan(raw: bytes) -> StepPlan:
         raise ValueError(f"step protocol {version}, this rank speaks {PROTOCOL}")
     return StepPlan(
         step,
-        [RowStep(*s) for s in steps],
+        list(map(RowStep._make, steps)),
         [NewRow(r, t, p, c, b, Sampling.from_wire(s)) for r, t, p, c, b, s in new],
         finished,
     )
@@ -121,7 +120,7 @@ def unpack_result(raw: bytes) -> StepResult:
         raise ValueError(f"step protocol {version}, this driver speaks {PROTOCOL}")
     return StepResult(
         step,
-        [(row, token) for row, token in sampled],
+        list(map(tuple, sampled)),
         [(row, _unpack_logprobs(e)) for row, e in logprobs],
         [(row, pos, _unpack_logprobs(e)) for row, pos, e in prompt],
         [(row, why) for row, why in bad],

@@ -19,7 +19,8 @@ class Flight:
 
     plan: StepPlan
     rows: list[Request | None]  # who each of plan.steps is for; None once it has left its row
-    computing: list[bytes]  # prefix blocks that this plan completes
+    filling: list[int]  # of those, indices of rows that this plan fills a block of
+    computing: list[bytes] = field(default_factory=list)  # prefix blocks that it computes at known positions
     leaving: list[list[int]] = field(default_factory=list)  # block lists to release with the result
 
 
@@ -38,18 +39,18 @@ def land(flight: Flight, result: StepResult, now: float) -> tuple[list[Request],
     tokens = dict(result.sampled)
     accepted = 0
     ended = []
-    for step, req in zip(plan.steps, flight.rows, strict=True):
+    for (row, start, count, sample, _), req in zip(plan.steps, flight.rows, strict=True):
         if req is None:
             continue
-        if bad and step.row in bad:
-            fail(req, "non_finite_logits", f"the model's logits were not finite: {bad[step.row]}")
-        elif step.sample:
+        if bad and row in bad:
+            fail(req, "non_finite_logits", f"the model's logits were not finite: {bad[row]}")
+        elif sample:
             req.pending -= 1
             accepted += 1
-            if (token := tokens.get(step.row)) is None:
-                raise EngineError(f"step {plan.step}: the ranks drew no token for row {step.row}")
+            if (token := tokens.get(row)) is None:
+                raise EngineError(f"step {plan.step}: the ranks drew no token for row {row}")
             _accept(req, token, now)
-        elif req.sampling.score_from is not None and step.start + step.count == len(req.prompt):
+        elif req.sampling.score_from is not None and start + count == len(req.prompt):
             req.finish = FinishReason.LENGTH
         if req.finish is not None:
             req.finished_at = now

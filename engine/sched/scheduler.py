@@ -1,8 +1,9 @@
 """Plans steps: one token budget, shared by every row whose computed tokens lag behind its known tokens.
 
 There is no prefill phase and no decode phase (after vLLM V1's scheduler). Running rows are served first,
-in the order of priority and arrival, then waiting ones are admitted; a long prompt takes what is left of
-the budget and goes on in the next step. Sits between `engine.engine` and the executor; does no I/O.
+in the order of priority and start, then waiting ones are admitted, in the order of `engine.sched.waiting`;
+a long prompt takes what is left of the budget and goes on in the next step. Sits between `engine.engine`
+and the executor; does no I/O.
 
 With overlap, plan N+1 is made before result N is known. So `Request.computed` advances when a plan is
 made, and tokens that will have been sampled by then are only counted (`Request.pending`). A row that
@@ -15,7 +16,7 @@ from __future__ import annotations
 import heapq
 from bisect import insort
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import islice
 from time import monotonic
 
@@ -24,13 +25,13 @@ from engine.exec.wire import NewRow, RowStep, StepPlan, StepResult
 from engine.request import FinishReason, Request
 from engine.sched.admission import Limits, blocks_for
 from engine.sched.flight import Flight, land
+from engine.sched.lengths import Lengths
+from engine.sched.lookahead import Lookahead
+from engine.sched.plan import Machine
 from engine.sched.prefix import sha256
 from engine.sched.sharing import Sharing
-from engine.sched.waiting import Waiting
+from engine.sched.waiting import Line, Waiting
 from engine.stats import EngineStats
-
-#: Shared by all row steps that add no block; nobody writes to it.
-_NO_BLOCKS: list[int] = []
 
 
 class Scheduler:
@@ -43,12 +44,14 @@ class Scheduler:
         budget: int,
         stats: EngineStats,
         *,
+        lookahead: int = 0,
         cache_prefixes: bool = True,
         hash_: Callable[[bytes], bytes] = sha256,
         salt_of: Callable[[int], bytes] = lambda prompt_len: b"",
     ) -> None:
-        """`budget`: tokens that one step may compute; `hash_` names prefix blocks (tests make it collide);
-        `salt_of`: `engine.models.registry.prefix_salt` of the model."""
+        """`budget`: tokens that one step may compute; `lookahead`: waiting requests whose order is planned
+        (0: first come, first served); `hash_` names prefix blocks (tests make it collide); `salt_of`:
+        `engine.models.registry.prefix_salt` of the model."""
         self.limits = limits
         self.stats = stats
         self.budget = budget
@@ -56,11 +59,16 @@ class Scheduler:
         self.block_size = limits.block_size
         self.sharing = Sharing(limits.kv_blocks + 1, limits.block_size, cache_prefixes, hash_, salt_of)
         self.pool = self.sharing.pool
-        self.waiting = Waiting()
-        self.running: list[Request] = []  # by priority, then arrival: the last is the first to be preempted
+        self.lookahead = lookahead
+        # Without shared prefixes no two prompts have a block in common.
+        shared = limits.block_size if cache_prefixes else limits.context + 1
+        self._machine = Machine(shared, max_rows, budget)
+        self._lengths = Lengths()
+        self.waiting = self._new_queue()
+        self.running: list[Request] = []  # by priority, then start: the last is the first to be preempted
         self.flights: deque[Flight] = deque()
         self._next_step = 0
-        self._arrivals = 0
+        self._starts = 0
         self._free_rows = list(range(max_rows))  # a heap: low rows first, so that batches stay dense
         self._left: list[int] = []  # rows that ended or were preempted since the last plan
 
@@ -72,8 +80,7 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         """Queue a request that `check` has let pass."""
-        request.seq = self._arrivals
-        self._arrivals += 1
+        request.seq = -1
         self.waiting.add(request)
 
     def schedule(self) -> StepPlan | None:
@@ -100,6 +107,7 @@ class Scheduler:
         if ended:
             for req in ended:
                 self._vacate(req)
+                self._lengths.learn(req)
             self.running = [req for req in self.running if req.finish is None]
         stats = self.stats
         stats.steps += 1
@@ -129,7 +137,7 @@ class Scheduler:
         for req in out:
             req.chain = None
         self.running = []
-        self.waiting = Waiting()
+        self.waiting = self._new_queue()
         return out
 
     def check_integrity(self) -> None:
@@ -143,6 +151,12 @@ class Scheduler:
         if self.running != sorted(self.running, key=_order):
             raise EngineError(f"running rows are out of order: {[_order(req) for req in self.running]}")
 
+    def _new_queue(self) -> Waiting:
+        def planned() -> Line:
+            return Lookahead(self.lookahead, self._machine, self._lengths, self.sharing.salt)
+
+        return Waiting(planned) if self.lookahead else Waiting()
+
     # -- the policy ------------------------------------------------------------------------------
 
     def _serve_running(self, draft: Flight) -> int:
@@ -152,36 +166,37 @@ class Scheduler:
         decoded = 0
         # Rows may be preempted from the list's end meanwhile; a list's iterator allows just that.
         for req in self.running:
-            start = req.computed
+            start, pending = req.computed, req.pending
             prompt_len = len(req.prompt)
-            sampling = req.sampling
-            known = prompt_len + len(req.output) + req.pending
+            known = prompt_len + len(req.output) + pending
             count = known - start
-            if count <= 0 or (known >= prompt_len + sampling.max_tokens and sampling.score_from is None):
+            if count <= 0 or (pending and known >= prompt_len + req.sampling.max_tokens):
                 continue  # nothing to do, or a result on its way will surely end the row
             if not budget:
                 break
             if count > budget:
                 count = budget
             end = start + count
-            if end <= len(req.blocks) * size:
-                added = _NO_BLOCKS
-            elif not self._make_room(req):
-                continue
-            else:
+            added: Sequence[int] = ()
+            if end > len(req.blocks) * size:
+                if not self._make_room(req):
+                    continue
                 # Only decoding rows grow: admission gives a row blocks for all tokens that it brings.
                 added = self.pool.allocate(1)
                 req.blocks += added
-            if count > 1 or start < prompt_len:
-                self.stats.prefill_tokens += count
-                self.sharing.computing(draft, req, start, end)
-            else:
-                decoded += 1
-            sample = end == known and sampling.score_from is None
-            steps.append(RowStep(req.row, start, count, sample, added))
             rows.append(req)
             req.computed = end
-            req.pending += sample
+            if start >= prompt_len and count == 1:
+                decoded += 1
+                sample = end == known  # not so where a resumed row's chunk of one is all that the budget gave
+                if not end % size:
+                    draft.filling.append(len(rows) - 1)
+            else:
+                self.stats.prefill_tokens += count
+                self.sharing.computing(draft, req, start, end)
+                sample = end == known and req.sampling.score_from is None
+            req.pending = pending + sample
+            steps.append(RowStep(req.row, start, count, sample, added))
             budget -= count
         self.stats.decode_tokens += decoded
         return budget
@@ -211,10 +226,9 @@ class Scheduler:
         """Take a row's number and blocks away; the next plan tells the ranks."""
         last = None
         for flight in self.flights:
-            for i, owner in enumerate(flight.rows):
-                if owner is req:
-                    flight.rows[i] = None
-                    last = flight
+            if req in flight.rows:
+                flight.rows[flight.rows.index(req)] = None
+                last = flight
         if last is None:
             self.pool.release(req.blocks)
         else:
@@ -229,7 +243,8 @@ class Scheduler:
         """Give rows to waiting requests, in order; one that waits for a prefix lets others pass."""
         if not self._free_rows:
             return
-        for req in list(islice(self.waiting, len(self._free_rows) + self.max_rows)):
+        admitted = []
+        for req in islice(self.waiting, len(self._free_rows) + self.max_rows):
             if not budget or not self._free_rows:
                 break
             hits = self.sharing.hits(req)
@@ -241,10 +256,13 @@ class Scheduler:
             # pool admits a row only to preempt it again.
             if wanted + self.pool.idle(blocks) + len(self.running) > self.pool.available:
                 break
-            self.waiting.remove(req)
+            admitted.append(req)
             self.pool.share(blocks)
             req.blocks = blocks + self.pool.allocate(wanted)
             req.row = heapq.heappop(self._free_rows)
+            if req.seq < 0:
+                req.seq = self._starts
+                self._starts += 1
             req.computed = len(blocks) * self.block_size
             if self.sharing.enabled:
                 req.chain.published, req.chain.above = len(blocks), above
@@ -254,6 +272,8 @@ class Scheduler:
                     self.stats.prefix_hit_tokens += req.computed
             insort(self.running, req, key=_order)
             budget -= self._begin(draft, req, budget)
+        for req in admitted:
+            self.waiting.remove(req)
 
     def _begin(self, draft: Flight, req: Request, budget: int) -> int:
         """Plan an admitted row's first chunk; returns its tokens."""
@@ -263,7 +283,7 @@ class Scheduler:
         draft.plan.new.append(
             NewRow(req.row, req.prompt + req.output, len(req.prompt), start, req.blocks[:], req.sampling)
         )
-        draft.plan.steps.append(RowStep(req.row, start, count, sample, _NO_BLOCKS))
+        draft.plan.steps.append(RowStep(req.row, start, count, sample))
         draft.rows.append(req)
         self.sharing.computing(draft, req, start, start + count)
         req.computed = start + count

@@ -49,7 +49,7 @@ class Sharing:
         if not self.enabled:
             return [], req.salt
         if req.chain is None:
-            req.chain = self.prefix.chain(req.prompt, req.output, req.salt + self._salt_of(len(req.prompt)))
+            req.chain = self.prefix.chain(req.prompt, req.output, self.salt(req))
         chain = req.chain
         if chain.awaited in self._computing and chain.waited < PATIENCE:
             chain.waited += 1
@@ -66,12 +66,17 @@ class Sharing:
                 return None
         return blocks, above
 
+    def salt(self, req: Request) -> bytes:
+        """Rows with different salts share no blocks, whatever their prompts."""
+        return req.salt + self._salt_of(len(req.prompt))
+
     def computing(self, flight: Flight, req: Request, start: int, end: int) -> None:
-        """A plan in the making computes the row's known positions [start, end): others may wait for the
-        prefix blocks that it completes."""
-        if self.enabled:
-            blocks = range(start // self.block_size, end // self.block_size)
+        """A plan in the making computes the row's known positions [start, end), in its last row step: others
+        may wait for the prefix blocks that it completes."""
+        blocks = range(start // self.block_size, end // self.block_size)
+        if self.enabled and blocks:
             digests = [req.chain.digest(i) for i in blocks]
+            flight.filling.append(len(flight.rows) - 1)
             flight.computing += digests
             self._computing.update(digests)
 
@@ -79,10 +84,11 @@ class Sharing:
         """The blocks that this plan has filled are computed now, and can be shared; not sooner."""
         if not self.enabled:
             return
-        size = self.block_size
-        for step, req in zip(flight.plan.steps, flight.rows, strict=True):
-            full = (step.start + step.count) // size
-            if req is not None and full != step.start // size and req.finish is not FinishReason.ERROR:
+        steps, rows = flight.plan.steps, flight.rows
+        for i in flight.filling:
+            req, step = rows[i], steps[i]
+            if req is not None and req.finish is not FinishReason.ERROR:
+                full = (step.start + step.count) // self.block_size
                 for block in self.prefix.publish(req.chain, req.blocks, full):
                     self.pool.keep(block)
         for digest in flight.computing:

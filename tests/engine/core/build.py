@@ -21,12 +21,13 @@ _ids = count()
 
 def echo_engine(
     *, blocks: int = 64, rows: int = 4, budget: int = 32, block_size: int = 4, depth: int = 0,
-    context: int = 512, caching: bool = True, **executor_args: Any,
+    context: int = 512, caching: bool = True, lookahead: int = 0, **executor_args: Any,
 ) -> Engine:  # fmt: skip
-    """A started engine; `blocks` without the null block."""
+    """A started engine, first come first served; `blocks` without the null block."""
     config = EngineConfig(
         model="echo", num_kv_blocks=blocks + 1, max_num_seqs=rows, max_num_batched_tokens=budget,
         block_size=block_size, overlap_depth=depth, max_model_len=context, enable_prefix_caching=caching,
+        lookahead=lookahead,
     )  # fmt: skip
     engine = Engine(config, echo_spec(VOCAB, 4096), EchoExecutor(config, **executor_args))
     engine.start()

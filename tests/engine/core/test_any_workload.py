@@ -26,6 +26,7 @@ class Load:
     block_size: int
     depth: int
     caching: bool
+    lookahead: int
     requests: list[Request]
     arrivals: list[int]  # by request: the step at which it comes
     cancels: dict[int, int]  # request -> step
@@ -64,6 +65,7 @@ def loads(draw: st.DrawFn) -> Load:
         block_size=block_size,
         depth=draw(st.integers(0, 2)),
         caching=draw(st.booleans()),
+        lookahead=draw(st.sampled_from([0, 1, 3, 20])),
         requests=requests,
         arrivals=[draw(st.sampled_from([0, 0, 0, 1, 5, 20])) for _ in requests],
         cancels=draw(st.dictionaries(st.integers(0, len(requests) - 1), st.integers(0, 30), max_size=2)),
@@ -76,7 +78,7 @@ def loads(draw: st.DrawFn) -> Load:
 def test_outputs_do_not_depend_on_the_load(load: Load) -> None:
     engine = echo_engine(
         blocks=load.blocks, rows=load.rows, budget=load.budget, block_size=load.block_size,
-        depth=load.depth, caching=load.caching,
+        depth=load.depth, caching=load.caching, lookahead=load.lookahead,
     )  # fmt: skip
     ended: list[Request] = []
     last = max(load.arrivals)
