@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import sqlite3
 import threading
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 #: Page cache, in KiB. The rest is left to the page cache of the system.
@@ -54,6 +54,19 @@ class IdIndex:
                 marks = ",".join("?" * len(chunk))
                 found.update(self._db.execute(f"SELECT k, v FROM ids WHERE k IN ({marks})", chunk))
         return found
+
+    def values(self) -> Iterator[bytes]:
+        """All values, in the order of their keys; the index may grow meanwhile."""
+        after = b""
+        while True:
+            with self._lock:
+                page = self._db.execute(
+                    "SELECT k, v FROM ids WHERE k > ? ORDER BY k LIMIT ?", (after, _CHUNK)
+                ).fetchall()
+            if not page:
+                return
+            after = page[-1][0]
+            yield from (value for _, value in page)
 
     def __contains__(self, key: bytes) -> bool:
         return self.get(key) is not None

@@ -6,6 +6,7 @@ twice in the file, and notices a row that changed since. Knows files only.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +38,10 @@ class AdmittedRows:
     def __len__(self) -> int:
         """Rows ever admitted, over all passes."""
         return self._count
+
+    def ids(self) -> Iterator[str]:
+        """Job ids of all rows ever admitted."""
+        return (value[4:].hex() for value in self._index.values())
 
     def admit(self, rows: list[Row]) -> Admission:
         """Sort a batch into fresh and repeated rows; the fresh ones are noted, none of them on RowChanged."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import sqlite3
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +142,23 @@ class JsonlTarget:
         if self._index is None:
             raise RuntimeError("recover() comes before the first write")
         return self._index
+
+
+def written_ids(path: Path) -> Iterator[str]:
+    """Job ids of every whole line of an output, in order, each as often as it stands there. Raises SinkError
+    for a file that cannot be read or that headrace did not write."""
+    try:
+        with open(path, "rb") as f:
+            for number, line in enumerate(f, start=1):
+                if not line.endswith(b"\n"):
+                    return  # the sink is about to write it, or cuts it at its next start
+                if (read := _parse(line[:-1])) is None:
+                    raise SinkError(
+                        f"line {number} of {path} is not an output line of headrace: give another file"
+                    )
+                yield read[0]
+    except OSError as e:
+        raise SinkError(f"output {path} cannot be read: {e.strerror}") from None
 
 
 def _parse(line: bytes) -> tuple[str, Status, int, int, int] | None:

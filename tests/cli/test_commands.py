@@ -122,7 +122,9 @@ def test_help_is_quick_because_nothing_heavy_is_imported() -> None:
     assert out.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("command", [[], ["run"], ["engine"], ["submit"], ["sink"], ["demo"], ["doctor"]])
+@pytest.mark.parametrize(
+    "command", [[], ["run"], ["engine"], ["submit"], ["sink"], ["demo"], ["doctor"], ["audit"]]
+)
 def test_help_teaches_by_example(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as e:
         main([*command, "--help"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import resource
@@ -13,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from headrace.cli.main import main
 from headrace.embedded import EmbeddedServer
 from tests.cli.trees import Job, children, ended, kill_tree, wait_for
 
@@ -143,3 +145,18 @@ def test_a_full_disk_ends_the_run_clearly_and_room_lets_it_continue(job: Job) ->
     assert job.output.read_bytes().endswith(b"}\n")
     assert job.run().code == 0
     assert Counter(job.ids()) == Counter(f"q-{i}" for i in range(2000))
+
+
+def test_a_finished_run_is_proven_by_its_audit(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+    job.write(*({"custom_id": f"q-{i}", "prompt": "FAIL" if i == 3 else "p"} for i in range(50)), b"{")
+    errors = job.folder / "errors.jsonl"
+    assert job.run(f"error_file={errors}").code == 2
+    run = json.loads((job.state / "manifest.json").read_text())["run"]
+    words = ["audit", run, "--output", str(job.output), "--error-file", str(errors)]
+    assert main(words) == 0
+    assert "submitted 51 = 49 ok + 2 error" in capsys.readouterr().out
+    lines = job.output.read_bytes().splitlines(keepends=True)
+    job.output.write_bytes(b"".join(lines[1:]))
+    assert main(words) == 1
+    assert "lost 1, doubled 0" in capsys.readouterr().out
+    assert main(["audit", "another", "--output", str(job.output)]) == 1
