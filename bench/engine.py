@@ -128,6 +128,7 @@ def _config(args: argparse.Namespace) -> EngineConfig:
         max_num_seqs=args.max_num_seqs,
         max_num_batched_tokens=args.max_num_batched_tokens,
         kv_cache_memory=args.kv_cache_memory,
+        lookahead=args.lookahead,
         enable_prefix_caching=not args.no_enable_prefix_caching,
         device=args.device,
         load_format=args.load_format,
@@ -150,6 +151,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--max-model-len", type=int, default=1024)
     parser.add_argument("--max-num-seqs", type=int, default=defaults.max_num_seqs)
     parser.add_argument("--max-num-batched-tokens", type=int, default=defaults.max_num_batched_tokens)
+    parser.add_argument("--lookahead", type=int, default=defaults.lookahead, metavar="N")
     parser.add_argument("--kv-cache-memory", type=float, default=4.0, metavar="GIB")
     parser.add_argument("--no-enable-prefix-caching", action="store_true")
     parser.add_argument("--num-threads", type=int, help="CPU threads per rank")

@@ -67,7 +67,7 @@ def prepare(job: Job, tokenizer: Tokenizer | None, spec: ModelSpec, context_leng
         monitor = None
         if tokenizer and params.stop and score_from is None:
             monitor = TextMonitor(tokenizer, params, _continued(job, prompt))
-        requests.append(Request(f"{job.id}/{index}", prompt, sampling, monitor))
+        requests.append(Request(f"{job.id}/{index}", prompt, sampling, monitor, run=job.run))
     return Prepared(prompt, requests)
 
 

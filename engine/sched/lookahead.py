@@ -22,6 +22,8 @@ from engine.sched.radix import Pending
 UNFAIRNESS = 4
 #: The window is planned anew when this part of it has started.
 PART = 8
+#: Requests that started last, whose prefixes a new plan continues: more than the kinds that a plan mixes.
+WARM = 8
 
 
 class Lookahead:
@@ -39,7 +41,7 @@ class Lookahead:
         self._behind: OrderedDict[str, Pending] = OrderedDict()
         self._order: deque[Pending] = deque()  # the plan; entries may be gone
         self._fresh: list[Pending] = []  # in the window and not in the plan; entries may be gone
-        self._last: Pending | None = None
+        self._started: deque[Pending] = deque(maxlen=WARM)
         self._tickets = self._taken = self._planned_at = 0
 
     def __len__(self) -> int:
@@ -68,7 +70,7 @@ class Lookahead:
             return False
         p.gone = True
         self._taken += 1
-        self._last = p
+        self._started.append(p)
         self._fill_window()
         return True
 
@@ -95,7 +97,7 @@ class Lookahead:
             p.expected = self._lengths.expected(p.request)
         first = self._overtaken(self.bound // 2)
         late = set(first)
-        order = arrange([p for p in pending if p not in late], self._machine, self._last)
+        order = arrange([p for p in pending if p not in late], self._machine, self._started)
         self._order = deque(first + order)
 
     def _overtaken(self, times: int) -> list[Pending]:

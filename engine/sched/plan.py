@@ -10,17 +10,18 @@ order is free, and sharing decides. Knows nothing of the queue, its fairness or 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 
 from engine.sched.radix import Node, Pending, radix
 
-#: A row is critical when its output is expected to take this share of all steps that are left. The margin
-#: is for the guess that expected lengths are.
-CRITICAL = 0.5
+#: A row is critical when its output is expected to take this share of all steps that are left (the margin is
+#: for the guess that expected lengths are), and is this many times longer than the average: what is not would
+#: not make the end much later, and taking it out of its prefix has a price.
+CRITICAL, LONG = 0.5, 2.0
 #: A row whose prompt costs this many times more or less per output token than the average is of another kind.
-HEAVY = 2.0
+HEAVY = 4.0
 _WORD = 4
 
 
@@ -29,34 +30,36 @@ class Machine:
     """The sizes that the order depends on."""
 
     block_size: int
-    rows: int  # that run at once
+    rows: int  # that run at once, at most
     budget: int  # tokens of a step
+    kv_tokens: int  # that the cache holds
 
 
-def arrange(pending: Sequence[Pending], machine: Machine, last: Pending | None = None) -> list[Pending]:
+def arrange(pending: Sequence[Pending], machine: Machine, started: Collection[Pending] = ()) -> list[Pending]:
     """All of `pending`, in the order in which to start them; sets their `cost`.
 
-    `last` started before all of these: what continues its prefix comes before other prefixes.
+    `started` are the last ones before these: what continues their prefixes comes before other prefixes.
     """
     root = radix(pending, _WORD * machine.block_size)
     if root is None:
         return []
-    walk = _depth_first(root, machine.block_size, last)
-    decode = sum(p.expected for p in walk) / machine.rows
-    prefill = sum(p.cost for p in walk) / machine.budget
-    least = CRITICAL * max(decode, prefill)
+    walk = _depth_first(root, machine.block_size, list(started))
+    outputs, prompts = sum(p.expected for p in walk), sum(p.cost for p in walk)
+    average = outputs / len(walk)
+    rows = max(1.0, min(machine.rows, machine.kv_tokens / (average + prompts / len(walk))))
+    least = max(CRITICAL * max(outputs / rows, prompts / machine.budget), LONG * average)
     critical = [p for p in walk if p.expected >= least]
     # By powers of two, as nobody knows lengths better; of like ones, the walk's order stands.
     critical.sort(key=lambda p: -p.expected.bit_length())
     return critical + _mixed([p for p in walk if p.expected < least])
 
 
-def _depth_first(root: Node, block_size: int, last: Pending | None) -> list[Pending]:
-    """The walk. Of sibling prefixes, the one that is warm goes first, then what saves most, then the one with
+def _depth_first(root: Node, block_size: int, started: list[Pending]) -> list[Pending]:
+    """The walk. Of sibling prefixes, those that are warm go first, then what saves most, then the one with
     the longest output."""
     unit = _WORD * block_size
     out: list[Pending] = []
-    stack = [(root, 0.0, last is not None)]
+    stack = [(root, 0.0, started)]
     while stack:
         node, cost, warm = stack.pop()
         for p in sorted(node.members, key=lambda p: (-p.expected, p.ticket)):
@@ -65,8 +68,8 @@ def _depth_first(root: Node, block_size: int, last: Pending | None) -> list[Pend
         ranked = []
         for child in node.children:
             edge = (child.depth - node.depth) * block_size
-            warmed = warm and last is not None and _same_block(last, child.first, node.depth, unit)
-            rank = (warmed, (child.count - 1) * edge, child.longest, -child.first.ticket)
+            warmed = [p for p in warm if _same_block(p, child.first, node.depth, unit)]
+            rank = (bool(warmed), (child.count - 1) * edge, child.longest, -child.first.ticket)
             ranked.append((rank, child, cost + edge / child.count, warmed))
         ranked.sort(key=itemgetter(0))  # the stack's end is walked first
         stack += [entry[1:] for entry in ranked]

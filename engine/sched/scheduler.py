@@ -62,7 +62,7 @@ class Scheduler:
         self.lookahead = lookahead
         # Without shared prefixes no two prompts have a block in common.
         shared = limits.block_size if cache_prefixes else limits.context + 1
-        self._machine = Machine(shared, max_rows, budget)
+        self._machine = Machine(shared, max_rows, budget, limits.kv_blocks * limits.block_size)
         self._lengths = Lengths()
         self.waiting = self._new_queue()
         self.running: list[Request] = []  # by priority, then start: the last is the first to be preempted

@@ -40,6 +40,7 @@ _ENGINE_FLAGS: tuple[tuple[str, Any, str, str], ...] = (
     ("max_model_len", int, "N", "tokens that prompt and output may have together (default: the model's)"),
     ("max_num_seqs", int, "N", "rows that run at once"),
     ("max_num_batched_tokens", int, "N", "token budget of one step"),
+    ("lookahead", int, "N", "waiting jobs whose order is planned; 0 is first come, first served"),
     ("block_size", int, "N", "tokens in a KV block"),
     ("gpu_memory_utilization", float, "SHARE", "share of each GPU's memory that the engine may use"),
     ("kv_cache_memory", float, "GIB", "KV cache of each rank on CPUs (default: what the machine can spare)"),

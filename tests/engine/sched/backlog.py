@@ -22,8 +22,8 @@ def rows(*texts: str) -> list[Pending]:
     return [row(text, ticket=i) for i, text in enumerate(texts)]
 
 
-def machine(rows: int = 4, budget: int = 64) -> Machine:
-    return Machine(SIZE, rows, budget)
+def machine(rows: int = 4, budget: int = 64, kv_tokens: int = 1_000_000) -> Machine:
+    return Machine(SIZE, rows, budget, kv_tokens)
 
 
 def names(order: list[Pending]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.request import FinishReason, Request, Sampling
@@ -17,7 +17,7 @@ ROWS = 4
 
 
 def line(ahead: int, lengths: Lengths | None = None) -> Lookahead:
-    return Lookahead(ahead, Machine(2, ROWS, 64), lengths or Lengths(), lambda r: r.salt)
+    return Lookahead(ahead, Machine(2, ROWS, 64, 100_000), lengths or Lengths(), lambda r: r.salt)
 
 
 def add(to: Lookahead, *texts: str, max_tokens: int = 4) -> None:
@@ -61,6 +61,7 @@ def test_a_request_can_be_taken_out_from_anywhere_once() -> None:
     assert len(one) == 6
 
 
+@settings(max_examples=40, deadline=None)
 @given(st.integers(0, 10_000), st.sampled_from([1, 2, 8, 30]))
 def test_a_row_is_overtaken_by_no_more_later_rows_than_the_bound(seed: int, ahead: int) -> None:
     """A lonely row among arrivals that would always be preferred, all in random sizes of passes."""

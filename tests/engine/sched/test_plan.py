@@ -28,8 +28,8 @@ def test_a_prompt_that_others_continue_goes_before_them() -> None:
 def test_the_prefix_that_is_running_is_continued() -> None:
     pending = rows("aa1", "aa2", "aa3", "bb1", "bb2")
     assert names(arrange(pending, machine())) == "aa1 aa2 aa3 bb1 bb2"
-    assert names(arrange(pending, machine(), last=row("bb0"))) == "bb1 bb2 aa1 aa2 aa3"
-    assert names(arrange(pending, machine(), last=row("bb0", salt=b"other"))) == "aa1 aa2 aa3 bb1 bb2"
+    assert names(arrange(pending, machine(), started=[row("bb0")])) == "bb1 bb2 aa1 aa2 aa3"
+    assert names(arrange(pending, machine(), started=[row("bb0", salt=b"other")])) == "aa1 aa2 aa3 bb1 bb2"
 
 
 def test_rows_longer_than_half_of_what_is_left_go_first_the_longest_foremost() -> None:
@@ -77,6 +77,6 @@ def test_every_row_is_in_the_plan_once() -> None:
         )
         for i in range(300)
     ]
-    order = arrange(pending, machine(), last=row("abab"))
+    order = arrange(pending, machine(), started=[row("abab")])
     assert sorted(p.ticket for p in order) == list(range(300))
     assert arrange([], machine()) == []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.sched.radix import Node, Pending, radix, shared
@@ -43,6 +43,7 @@ def test_no_prompts_make_no_tree() -> None:
     assert radix([], UNIT) is None
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.text("ab", min_size=1, max_size=12), st.sampled_from([b"", b"s"])), min_size=1))
 def test_every_pair_meets_at_the_blocks_it_shares(made: list[tuple[str, bytes]]) -> None:
     pending = [row(text, expected=len(text), ticket=i, salt=salt) for i, (text, salt) in enumerate(made)]
