@@ -9,6 +9,7 @@ Suffixes: T tokens, R rows, B blocks of a row, N heads, K KV heads, H head size.
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -61,6 +62,18 @@ class AttnStep:
     slots_T: torch.Tensor  # int64, on the device: block * block_size + offset of each real token
 
 
+@dataclass(frozen=True, slots=True)
+class HeadWork:
+    """What a layer does to its heads before attention; None leaves a part out."""
+
+    cos: torch.Tensor | None = None  # float32 [T, 1, R], of R rotated pairs
+    sin: torch.Tensor | None = None
+    logn: torch.Tensor | None = None  # float32 [T, 1, 1]: a factor on rotated queries
+    q_weight: torch.Tensor | None = None  # [H]: RMSNorm of each query head
+    k_weight: torch.Tensor | None = None
+    eps: float = 0.0
+
+
 class KVCache:
     """K and V of every layer, apart, [blocks, block_size, kv_heads, head_dim]; block 0 is the null block."""
 
@@ -90,6 +103,12 @@ class AttentionBackend(Protocol):
         self, layer: int, q_TNH: torch.Tensor, k_TKH: torch.Tensor, v_TKH: torch.Tensor
     ) -> torch.Tensor:
         """Store the step's keys and values, then attend causally: [T, N, H]; padding rows are anything."""
+        ...
+
+    @property
+    def attend_heads(self) -> Callable[[int, torch.Tensor, HeadWork], torch.Tensor] | None:
+        """`attend` for raw heads [T, N + 2K, H] (queries, keys, values), with the HeadWork done in the kernel
+        that stores them; None where torch must do it first."""
         ...
 
 

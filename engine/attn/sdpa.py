@@ -49,6 +49,7 @@ class SdpaBackend:
     """Gather and SDPA."""
 
     name = "sdpa"
+    attend_heads = None
 
     def __init__(self, shape: AttnShape) -> None:
         self.shape = shape

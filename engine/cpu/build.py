@@ -21,7 +21,7 @@ from pathlib import Path
 log = logging.getLogger(__name__)
 
 _ENGINE = Path(__file__).resolve().parent.parent
-SOURCES = (_ENGINE / "cpu" / "ops.cpp", _ENGINE / "attn" / "cpu_paged.cpp")
+SOURCES = (_ENGINE / "cpu" / "ops.cpp", _ENGINE / "cpu" / "gemm.cpp", _ENGINE / "attn" / "cpu_paged.cpp")
 HEADERS = (_ENGINE / "cpu" / "vec.h",)
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-fPIC", "-Wno-psabi")
 #: A compilation takes 2 s of CPU time; a minute means that the machine has come to a stop.

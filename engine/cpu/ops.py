@@ -8,37 +8,9 @@ Suffixes: T tokens, N heads, H head size, D features, R half of the rotated dime
 
 from __future__ import annotations
 
-import ctypes
-import functools
-from typing import Any
-
 import torch
 
-from engine.cpu.build import library
-
-#: Floats of one vector (`vec.h`).
-LANES = 16
-NAMES = {torch.float32: "f32", torch.bfloat16: "bf16"}
-
-_POINTER, _INT64, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
-_ARGUMENTS: dict[str, list[Any]] = {
-    "rms_norm": [_POINTER] * 3 + [_INT64] * 4 + [_FLOAT, _INT],
-    "rotate": [_POINTER] * 4 + [_INT64] * 5 + [_INT],
-    "silu_mul": [_POINTER] * 3 + [_INT64] * 3 + [_INT],
-    "store": [_POINTER] * 2 + [_INT64] * 2 + [_POINTER] * 3 + [_INT64] * 2,
-    "attend": [_POINTER] * 8 + [_INT64] * 4 + [_INT] * 6 + [_FLOAT, _INT],
-}
-
-
-@functools.cache
-def kernel(name: str, dtype: torch.dtype) -> Any:
-    """The C function of that name for that dtype, or None."""
-    built, _ = library()
-    if built is None or dtype not in NAMES:
-        return None
-    function = getattr(built, f"headrace_{name}_{NAMES[dtype]}")
-    function.argtypes, function.restype = _ARGUMENTS[name], None
-    return function
+from engine.cpu.kernels import LANES, kernel
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor | None:

@@ -5,7 +5,7 @@ checkpoint tensors it is made of is declared beside it (`shards`); Qwen-1's othe
 `engine.models.qwen`.
 
 Suffixes: T tokens of the step, S selected tokens, D hidden, N query heads, K KV heads, H head size,
-V this rank's vocabulary, O output features of this rank.
+V this rank's vocabulary, O output features of this rank, X all heads (N + 2K).
 """
 
 from __future__ import annotations
@@ -13,11 +13,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
-from engine.attn.base import AttentionBackend
+from engine.attn.base import AttentionBackend, HeadWork
 from engine.config import ModelSpec
-from engine.cpu import ops
 from engine.load.shards import Cut, Part, Shard
 from engine.models.norm import RMSNorm
 from engine.models.rope import Rope, rotate
@@ -28,7 +26,7 @@ from engine.parallel.layers import (
     RowParallelLinear,
     Tensors,
 )
-from engine.parallel.vocab import ParallelLMHead, VocabParallelEmbedding
+from engine.parallel.vocab import ParallelLMHead, VocabParallelEmbedding, tied
 
 #: The source of a tied head: a checkpoint may carry the alias or leave it out.
 HEAD = "lm_head.weight"
@@ -91,11 +89,14 @@ class Decoder:
         self.spec = spec
         self.rope = Rope(spec, max_len, device)
         embed_VD = tensors.pop("embed.weight")
-        self.embed = VocabParallelEmbedding(embed_VD, spec.vocab_size, comm)
+        if spec.tie_embeddings:
+            self.embed, self.head = tied(embed_VD, spec.vocab_size, comm)
+        else:
+            self.embed = VocabParallelEmbedding(embed_VD, spec.vocab_size, comm)
+            self.head = ParallelLMHead(tensors.pop("head.weight"), spec.vocab_size, comm)
+        del embed_VD
         self.layers = [DecoderLayer(spec, tensors, i, comm) for i in range(spec.num_layers)]
         self.norm = RMSNorm(tensors.pop("norm.weight"), spec.rms_eps)
-        head_VD = embed_VD if spec.tie_embeddings else tensors.pop("head.weight")
-        self.head = ParallelLMHead(head_VD, spec.vocab_size, comm)
 
     def forward(
         self,
@@ -107,9 +108,10 @@ class Decoder:
         """Hidden states [T, D] before the final norm; keys and values go to `attention`'s cache."""
         angles = self._angles(positions_T, prompt_lens_T)
         x_TD = self.embed(ids_T)
+        delta_TD = None
         for layer in self.layers:
-            x_TD = layer(x_TD, angles, attention)
-        return x_TD
+            x_TD, delta_TD = layer(x_TD, delta_TD, angles, attention)
+        return x_TD if delta_TD is None else x_TD + delta_TD
 
     def logits(self, x_SD: torch.Tensor) -> torch.Tensor:
         """This rank's logits [S, V] of selected hidden states."""
@@ -146,15 +148,21 @@ class DecoderLayer:
         self.gate_up = MergedColumnParallelLinear(tensors, f"{name}.gate_up")
         self.down = RowParallelLinear(tensors, f"{name}.down", comm)
 
-    def __call__(self, x_TD: torch.Tensor, angles: Angles, attention: AttentionBackend) -> torch.Tensor:
-        x_TD = x_TD + self._attention(self.attn_norm(x_TD), angles, attention)
-        gate_TO, up_TO = self.gate_up(self.mlp_norm(x_TD))
-        h_TO = ops.silu_mul(gate_TO, up_TO)
-        return x_TD + self.down(F.silu(gate_TO) * up_TO if h_TO is None else h_TO)
+    def __call__(
+        self, x_TD: torch.Tensor, delta_TD: torch.Tensor | None, angles: Angles, attention: AttentionBackend
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(x, what is still to be added to it), from the same of the layer before: a GPU adds within the
+        norm that reads the sum."""
+        x_TD, h_TD = self.attn_norm.after_adding(x_TD, delta_TD)
+        x_TD, h_TD = self.mlp_norm.after_adding(x_TD, self._attention(h_TD, angles, attention))
+        return x_TD, self.down(self.gate_up(h_TD))
 
     def _attention(self, x_TD: torch.Tensor, angles: Angles, attention: AttentionBackend) -> torch.Tensor:
         heads, kv_heads = self.qkv.num_heads, self.qkv.num_kv_heads
-        q_TNH, k_TKH, v_TKH = self.qkv(x_TD).split([heads, kv_heads, kv_heads], dim=1)
+        qkv_TXH = self.qkv(x_TD)
+        if attention.attend_heads is not None:
+            return self.o(attention.attend_heads(self.index, qkv_TXH, self._work(angles)).flatten(1))
+        q_TNH, k_TKH, v_TKH = qkv_TXH.split([heads, kv_heads, kv_heads], dim=1)
         if self.q_norm is not None and self.k_norm is not None:
             q_TNH, k_TKH = self.q_norm(q_TNH), self.k_norm(k_TKH)
         q_TNH = rotate(q_TNH, angles.cos, angles.sin)
@@ -162,3 +170,9 @@ class DecoderLayer:
         if angles.logn is not None:
             q_TNH = (q_TNH * angles.logn).to(q_TNH.dtype)
         return self.o(attention.attend(self.index, q_TNH, k_TKH, v_TKH).flatten(1))
+
+    def _work(self, angles: Angles) -> HeadWork:
+        if self.q_norm is None or self.k_norm is None:
+            return HeadWork(angles.cos, angles.sin, angles.logn)
+        q, k = self.q_norm, self.k_norm
+        return HeadWork(angles.cos, angles.sin, angles.logn, q.weight, k.weight, q.eps)

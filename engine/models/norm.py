@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from engine.cpu import ops
+from engine.gpu import ops as gpu_ops
 
 
 class RMSNorm:
@@ -17,6 +18,19 @@ class RMSNorm:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if (out := ops.rms_norm(x, self.weight, self.eps)) is not None:
             return out
+        if (out := gpu_ops.rms_norm(x, self.weight, self.eps)) is not None:
+            return out
         wide = x.float()
         scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
         return self.weight * (wide * scale).to(x.dtype)
+
+    def after_adding(
+        self, x_TD: torch.Tensor, delta_TD: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(x + delta, the norm of that sum): the residual stream and a layer's input."""
+        if delta_TD is None:
+            return x_TD, self(x_TD)
+        if (both := gpu_ops.add_rms_norm(x_TD, delta_TD, self.weight, self.eps)) is not None:
+            return both
+        x_TD = x_TD + delta_TD
+        return x_TD, self(x_TD)

@@ -38,7 +38,7 @@ class Comm:
 
         gloo's ring adds the ranks in an order that depends on where an element lies in the message, so
         for more than two ranks a row's sum would depend on how many rows share the step. There the
-        ranks are gathered and added in rank order instead: the same bits for any batch.
+        ranks are gathered and added in pairs instead: the same bits for any batch.
         """
         if self.world == 1:
             return x
@@ -48,10 +48,10 @@ class Comm:
             dist.all_reduce(x)
             return x
         parts = self._gather(x)
-        total = parts[0]
-        for part in parts[1:]:
-            total += part
-        return total
+        sums = list(parts.unbind(0))
+        while len(sums) > 1:  # neighbours first: the tree of `engine.cpu.gemm`
+            sums = [a + b for a, b in zip(sums[::2], sums[1::2], strict=False)] + sums[len(sums) & ~1 :]
+        return sums[0]
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
         """[world, *x.shape]: the same shape from every rank. For the sampler's small tensors."""

@@ -1,35 +1,68 @@
-"""The one matrix product of the engine: `linear(x, weight, bias)`, with the weight in its fastest form.
+"""The one matrix product of the engine: x @ weight.T + bias, with the weight in its fastest form.
 
-Knows nothing of ranks or models. Layers call `prepare` once, after loading, and keep what it returns.
+Knows nothing of ranks or models. Layers call `product` once, after loading, and keep what it returns.
 
-On CPUs a bfloat16 weight is packed for oneDNN, which multiplies 64 rows 10 to 20 % faster and 8 rows up
-to twice as fast (measured on Zen 4). Both forms give a row the same bits among any multiple of 8 rows.
+On CPUs with AVX-512 that is the C++ kernel of `engine.cpu.gemm`; without a compiler, a bfloat16 weight is
+packed for oneDNN. All forms give a row the same bits among any multiple of 8 rows.
 """
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 import torch.nn.functional as F
 
-#: Rows that weights are packed for; other numbers lose nothing.
+from engine.cpu import ops as cpu_ops
+from engine.cpu.gemm import Panels
+from engine.gpu import ops as gpu_ops
+
+#: Rows that oneDNN packs weights for; other numbers lose nothing.
 PACK_ROWS = 64
-#: A weight that `prepare` has put into the form that `linear` multiplies by.
-Weight = torch.Tensor
 
 
-def prepare(weight_OI: torch.Tensor) -> Weight:
-    """The weight as `linear` wants it on this device."""
-    weight_OI = weight_OI.contiguous()
-    if weight_OI.device.type == "cpu" and weight_OI.dtype == torch.bfloat16 and _onednn_bf16():
-        return torch.ops.mkldnn._reorder_linear_weight(weight_OI, PACK_ROWS)
-    return weight_OI
+class Product(Protocol):
+    """[T, I] to [T, O], in x's dtype."""
+
+    def __call__(self, x_TI: torch.Tensor) -> torch.Tensor: ...
 
 
-def linear(x_TI: torch.Tensor, weight: Weight, bias_O: torch.Tensor | None = None) -> torch.Tensor:
-    """x @ weight.T + bias: [T, O] from [T, I]."""
-    if weight.is_mkldnn:
-        return torch.ops.mkldnn._linear_pointwise(x_TI, weight, bias_O, "none", [], "")
-    return F.linear(x_TI, weight, bias_O)
+def product(weight_OI: torch.Tensor, bias_O: torch.Tensor | None = None) -> Product:
+    """x @ weight.T + bias."""
+    return Panels.of(weight_OI, bias_O) or TorchProduct(weight_OI, bias_O)
+
+
+def gated_product(weight_OI: torch.Tensor, bias_O: torch.Tensor | None = None) -> Product:
+    """silu(gate) * up, where the weight's first half of rows makes the gates and the second the ups."""
+    return Panels.of(weight_OI, bias_O, gated=True) or GatedProduct(product(weight_OI, bias_O))
+
+
+class TorchProduct:
+    """By torch, and by oneDNN where it multiplies bfloat16."""
+
+    def __init__(self, weight_OI: torch.Tensor, bias_O: torch.Tensor | None) -> None:
+        self.weight, self.bias_O = weight_OI.contiguous(), bias_O
+        if weight_OI.device.type == "cpu" and weight_OI.dtype == torch.bfloat16 and _onednn_bf16():
+            self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight, PACK_ROWS)
+
+    def __call__(self, x_TI: torch.Tensor) -> torch.Tensor:
+        if self.weight.is_mkldnn:
+            return torch.ops.mkldnn._linear_pointwise(x_TI, self.weight, self.bias_O, "none", [], "")
+        return F.linear(x_TI, self.weight, self.bias_O)
+
+
+class GatedProduct:
+    """The gate after the product, not inside it."""
+
+    def __init__(self, inner: Product) -> None:
+        self.inner = inner
+
+    def __call__(self, x_TI: torch.Tensor) -> torch.Tensor:
+        gate_TO, up_TO = self.inner(x_TI).chunk(2, dim=-1)
+        h_TO = cpu_ops.silu_mul(gate_TO, up_TO)
+        if h_TO is None:
+            h_TO = gpu_ops.silu_mul(gate_TO, up_TO)
+        return F.silu(gate_TO) * up_TO if h_TO is None else h_TO
 
 
 def _onednn_bf16() -> bool:

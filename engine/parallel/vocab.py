@@ -11,34 +11,48 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from engine.cpu.gemm import Panels
 from engine.load.shards import vocab_range
 from engine.parallel.comm import Comm
-from engine.parallel.linear import linear, prepare
+from engine.parallel.linear import Product, product
 
 
 class VocabParallelEmbedding:
     """Looks up this rank's ids, zero for all others, and sums over the ranks."""
 
-    def __init__(self, weight_VD: torch.Tensor, vocab_size: int, comm: Comm) -> None:
+    def __init__(self, weight_VD: torch.Tensor | Panels, vocab_size: int, comm: Comm) -> None:
         self.weight_VD = weight_VD
         self.comm = comm
         self.start, self.end, _ = vocab_range(vocab_size, comm.rank, comm.world)
 
     def __call__(self, ids_T: torch.Tensor) -> torch.Tensor:
         if self.comm.world == 1:
-            return F.embedding(ids_T, self.weight_VD)
+            return self._rows(ids_T)
         mine_T = (ids_T >= self.start) & (ids_T < self.end)
-        x_TD = F.embedding(torch.where(mine_T, ids_T - self.start, 0), self.weight_VD)
+        x_TD = self._rows(torch.where(mine_T, ids_T - self.start, 0))
         return self.comm.all_reduce(x_TD.masked_fill_(~mine_T[:, None], 0))
+
+    def _rows(self, ids_T: torch.Tensor) -> torch.Tensor:
+        if isinstance(self.weight_VD, Panels):
+            return self.weight_VD.rows(ids_T)
+        return F.embedding(ids_T, self.weight_VD)
 
 
 class ParallelLMHead:
-    """Logits of this rank's ids. Tied models pass the embedding's own tensor: an alias, not a copy."""
+    """Logits of this rank's ids."""
 
-    def __init__(self, weight_VD: torch.Tensor, vocab_size: int, comm: Comm) -> None:
-        self.weight = prepare(weight_VD)
+    def __init__(self, weight_VD: torch.Tensor | Product, vocab_size: int, comm: Comm) -> None:
+        self.product = product(weight_VD) if isinstance(weight_VD, torch.Tensor) else weight_VD
         self.start, self.end, _ = vocab_range(vocab_size, comm.rank, comm.world)
 
     def __call__(self, x_SD: torch.Tensor) -> torch.Tensor:
         """[S, end - start]: the padding ids are cut off, so that nothing can ever draw one."""
-        return linear(x_SD, self.weight)[:, : self.end - self.start]
+        return self.product(x_SD)[:, : self.end - self.start]
+
+
+def tied(
+    weight_VD: torch.Tensor, vocab_size: int, comm: Comm
+) -> tuple[VocabParallelEmbedding, ParallelLMHead]:
+    """Embedding and head of one table: packed once where both can use that, else the same tensor twice."""
+    shared = Panels.of(weight_VD) or weight_VD
+    return VocabParallelEmbedding(shared, vocab_size, comm), ParallelLMHead(shared, vocab_size, comm)

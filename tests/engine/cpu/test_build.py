@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from engine.attn.base import AttnShape, choose
-from engine.cpu import build, ops
+from engine.cpu import build, kernels, ops
 
 SHAPE = AttnShape(4, 2, 64, 16, (None,), torch.float32, torch.device("cpu"))
 needs_compiler = pytest.mark.skipif(build.library()[0] is None, reason=f"no kernels: {build.library()[1]}")
@@ -23,10 +23,10 @@ def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     """An empty cache folder, and no library loaded yet; the process's own comes back afterwards."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     build.library.cache_clear()
-    ops.kernel.cache_clear()
+    kernels.kernel.cache_clear()
     yield
     build.library.cache_clear()
-    ops.kernel.cache_clear()
+    kernels.kernel.cache_clear()
 
 
 @needs_compiler

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from engine.cpu.kernels import kernel
 from engine.parallel.comm import Comm
 from engine.parallel.layers import MergedColumnParallelLinear, RowParallelLinear
 from engine.parallel.vocab import ParallelLMHead, VocabParallelEmbedding
@@ -77,14 +78,22 @@ def layer_answers(comm: Comm) -> dict[str, torch.Tensor]:
     }  # fmt: skip
     if r == 0:
         tensors["down.bias"] = b2
-    gate, up = MergedColumnParallelLinear(tensors, "up")(x)
-    down = RowParallelLinear(tensors, "down", comm)(gate * up)
+    down = RowParallelLinear(tensors, "down", comm)(MergedColumnParallelLinear(tensors, "up")(x))
+    long_x, long_w = (torch.randn(s, generator=g).bfloat16() for s in ((5, 256), (48, 256)))
+    part = {"long.weight": long_w.chunk(n, 1)[r].contiguous()}
+    long = RowParallelLinear(part, "long", comm)(long_x.chunk(n, 1)[r].contiguous())
     rows = 8 if n > 1 else 13
     padded = torch.cat([table, torch.full((16 - 13, 6), torch.nan)])[r * rows : (r + 1) * rows]
     ids = torch.tensor([0, 7, 8, 12, 3])
     embedded = VocabParallelEmbedding(padded.nan_to_num(), 13, comm)(ids)
     logits = ParallelLMHead(padded, 13, comm)(x)
-    return {"down": down, "embedded": embedded, "logits": logits, "left": torch.tensor(len(tensors))}
+    return {
+        "down": down,
+        "long": long,
+        "embedded": embedded,
+        "logits": logits,
+        "left": torch.tensor(len(tensors)),
+    }
 
 
 SIZES = [(5, 6), (24, 6), (24,), (6, 12), (6,), (13, 6)]
@@ -121,6 +130,8 @@ def test_parallel_layers_equal_whole_ones(answers: dict[str, Any]) -> None:
         mine = answers["layers"][rank]
         torch.testing.assert_close(mine["down"], whole["down"], rtol=1e-5, atol=1e-5)
         assert torch.equal(mine["embedded"], whole["embedded"])
+        if kernel("linear", torch.bfloat16) is not None:
+            assert torch.equal(mine["long"], whole["long"]), "the split changed a bit"
         assert mine["left"] == 0, "a layer left a tensor behind"
     logits = torch.cat([answers["layers"][rank]["logits"] for rank in (0, 1)], dim=1)
     assert logits.shape[1] == 13, "padding ids are cut off"

@@ -1,0 +1,227 @@
+// y = x @ W.T for a packed W: the matrix product of CPUs with AVX-512, in float32 and bfloat16.
+//
+// W lies in panels of PANEL outputs, each [inputs / S][PANEL][S] with S inputs side by side (two bfloat16,
+// one float), so that one instruction multiplies 16 outputs. A panel stays in the second-level cache while
+// all rows pass over it, and the next one is fetched meanwhile: oneDNN waits for memory there (measured on
+// Zen 4, 64 rows).
+//
+// A row's sum runs over its inputs in order, in `parts` equal pieces that are added pairwise. So its bits do
+// not depend on the other rows, and a rank that holds one, two or four quarters of the inputs holds exactly
+// a branch of the same tree: tensor parallelism does not change a bit either.
+
+#ifdef __AVX512F__
+
+#include <type_traits>
+#include <vector>
+
+#include "vec.h"
+
+namespace headrace {
+
+constexpr int PANEL = 64;
+constexpr int VECTORS = PANEL / LANES;
+constexpr int ROWS = 6;     // of one tile: 6 x 4 sums fill 24 of the 32 registers
+constexpr int CHUNK = 8;    // inputs (of S) between prefetches
+constexpr int LINE = 64;    // bytes
+
+// What happens to a finished sum.
+enum Finish { PLAIN = 0, SILU_MUL = 1 };
+
+template <typename T>
+constexpr int side() {
+  return 4 / sizeof(T);
+}
+
+inline vf multiply(vf sum, const float* x, const float* w) { return sum + broadcast(*x) * load(w); }
+
+#ifdef __AVX512BF16__
+inline vf multiply(vf sum, const bf16* x, const bf16* w) {
+  int32_t pair;
+  std::memcpy(&pair, x, 4);
+  return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(pair), (__m512bh)_mm512_loadu_si512(w));
+}
+#endif
+
+template <typename T>
+struct Product {
+  void* y;           // T, or float for partial sums
+  const T* x;
+  const T* w;
+  const T* bias;     // or null
+  int64_t rows, inputs, outputs, x_stride, y_stride;
+  int parts, finish;
+  bool wide;         // y is float
+};
+
+// acc[i] = x[i] @ panel over `steps` x S inputs, for M rows. `ahead` bytes are fetched on the way.
+template <int M, typename T>
+inline void tile(const T* x, int64_t x_stride, const T* w, int64_t steps, const char* next, int lines, vf (*acc)[VECTORS]) {
+  vf a[M][VECTORS];
+  for (int i = 0; i < M; i++)
+    for (int n = 0; n < VECTORS; n++) a[i][n] = vf{};
+  constexpr int S = side<T>();
+  auto step = [&](int64_t k) __attribute__((always_inline)) {
+#pragma GCC unroll 8
+    for (int i = 0; i < M; i++)
+#pragma GCC unroll 4
+      for (int n = 0; n < VECTORS; n++) a[i][n] = multiply(a[i][n], x + i * x_stride + k * S, w + (k * PANEL + n * LANES) * S);
+  };
+  int64_t k = 0;
+  for (; k + CHUNK <= steps; k += CHUNK) {
+    for (int l = 0; l < lines; l++, next += LINE) __builtin_prefetch(next, 0, 2);
+    for (int c = 0; c < CHUNK; c++) step(k + c);
+  }
+  for (; k < steps; k++) step(k);
+  for (int i = 0; i < M; i++)
+    for (int n = 0; n < VECTORS; n++) acc[i][n] = a[i][n];
+}
+
+// Rounds the sums of M rows as torch would and stores them.
+template <int M, typename T>
+inline void finish(const Product<T>& p, const vf (*acc)[VECTORS], int64_t row, int64_t panel) {
+  const int64_t first = panel * PANEL;
+  for (int i = 0; i < M; i++) {
+    vf s[VECTORS];
+    for (int n = 0; n < VECTORS; n++) s[n] = acc[i][n];
+    const int64_t width = p.finish == SILU_MUL ? PANEL / 2 : PANEL, at = panel * width;
+    const int64_t left = p.outputs - at < width ? p.outputs - at : width;
+    if (p.bias)
+      for (int n = 0; n < VECTORS; n++) s[n] += load(p.bias + first + n * LANES);  // padded with zeros
+    if (p.wide) {
+      float* y = static_cast<float*>(p.y) + (row + i) * p.y_stride + at;
+      std::memcpy(y, s, left * sizeof(float));
+      continue;
+    }
+    T* y = static_cast<T*>(p.y) + (row + i) * p.y_stride + at;
+    T narrow[PANEL];
+    T* to = left == width ? y : narrow;
+    if (p.finish == SILU_MUL) {
+      for (int n = 0; n < VECTORS / 2; n++) {
+        vf gate = round_as(y, s[n]), up = round_as(y, s[n + VECTORS / 2]);
+        store(to + n * LANES, round_as(y, gate / (1.0f + exp(-gate))) * up);
+      }
+    } else {
+      for (int n = 0; n < VECTORS; n++) store(to + n * LANES, s[n]);
+    }
+    if (to != y) std::memcpy(y, narrow, left * sizeof(T));
+  }
+}
+
+// One panel for all rows. `buffer` holds two sums for every row when the inputs come in parts.
+template <typename T>
+void panel(const Product<T>& p, int64_t number, const T* next, vf (*buffer)[VECTORS]) {
+  constexpr int S = side<T>();
+  const int64_t steps = p.inputs / S / p.parts, tiles = (p.rows + ROWS - 1) / ROWS;
+  const int64_t part_bytes = steps * PANEL * S * sizeof(T), chunks = steps / CHUNK;
+  const T* w = p.w + number * PANEL * p.inputs;
+  for (int part = 0; part < p.parts; part++, w += steps * PANEL * S) {
+    // The lines of the next part, or of the next panel's first one, shared out over the tiles.
+    const char* ahead = reinterpret_cast<const char*>(part + 1 < p.parts ? w + steps * PANEL * S : next);
+    const int lines = ahead && chunks && tiles > 1 ? int((part_bytes / LINE + tiles * chunks - 1) / (tiles * chunks)) : 0;
+    const char* end = ahead + part_bytes;
+    const T* x = p.x + part * steps * S;
+    auto rows = [&](auto m, int64_t row) {
+      constexpr int M = decltype(m)::value;
+      vf acc[M][VECTORS];
+      const int now = ahead < end ? lines : 0;
+      tile<M>(x + row * p.x_stride, p.x_stride, w, steps, ahead, now, acc);
+      ahead += now * chunks * LINE;
+      if (p.parts > 1) {
+        // part 0 and 1 into the first sum, 2 and 3 into the second; the last one adds both up.
+        vf(*low)[VECTORS] = buffer + 2 * row, (*high)[VECTORS] = low + M;
+        vf(*to)[VECTORS] = part < p.parts / 2 ? low : high;
+        if (part % (p.parts / 2) != 0)
+          for (int i = 0; i < M; i++)
+            for (int n = 0; n < VECTORS; n++) acc[i][n] = to[i][n] + acc[i][n];
+        if (part + 1 < p.parts) {
+          for (int i = 0; i < M; i++)
+            for (int n = 0; n < VECTORS; n++) to[i][n] = acc[i][n];
+          return;
+        }
+        for (int i = 0; i < M; i++)
+          for (int n = 0; n < VECTORS; n++) acc[i][n] = low[i][n] + acc[i][n];
+      }
+      finish<M>(p, acc, row, number);
+    };
+    // Tiles as even as they can be: a small last one would wait for the cache.
+    for (int64_t row = 0, t = 0; t < tiles; t++) {
+      const int64_t size = (p.rows - row + tiles - t - 1) / (tiles - t);
+      switch (size) {
+        case 1: rows(std::integral_constant<int, 1>{}, row); break;
+        case 2: rows(std::integral_constant<int, 2>{}, row); break;
+        case 3: rows(std::integral_constant<int, 3>{}, row); break;
+        case 4: rows(std::integral_constant<int, 4>{}, row); break;
+        case 5: rows(std::integral_constant<int, 5>{}, row); break;
+        case 6: rows(std::integral_constant<int, 6>{}, row); break;
+      }
+      row += size;
+    }
+  }
+}
+
+// Panels are shared out evenly, each thread its own run of them.
+template <typename T>
+void linear(const Product<T>& p, int threads) {
+  const int64_t columns = p.finish == SILU_MUL ? 2 * p.outputs : p.outputs;
+  const int64_t panels = (columns + PANEL - 1) / PANEL;
+#pragma omp parallel num_threads(threads)
+  {
+    std::vector<vf> buffer(p.parts > 1 ? 2 * p.rows * VECTORS : 0);
+    auto* sums = reinterpret_cast<vf(*)[VECTORS]>(buffer.data());
+#pragma omp for schedule(static)
+    for (int64_t n = 0; n < panels; n++)
+      panel(p, n, n + 1 < panels ? p.w + (n + 1) * PANEL * p.inputs : nullptr, sums);
+  }
+}
+
+// out [ceil(outputs / PANEL)][inputs / S][PANEL][S] from w [outputs, inputs]; outputs beyond are zero.
+template <typename T>
+void pack(T* out, const T* w, int64_t outputs, int64_t inputs, int threads) {
+  constexpr int S = side<T>();
+  const int64_t panels = (outputs + PANEL - 1) / PANEL;
+#pragma omp parallel for num_threads(threads)
+  for (int64_t p = 0; p < panels; p++)
+    for (int64_t k = 0; k < inputs / S; k++)
+      for (int n = 0; n < PANEL; n++)
+        for (int s = 0; s < S; s++) {
+          const int64_t row = p * PANEL + n;
+          out[((p * (inputs / S) + k) * PANEL + n) * S + s] = row < outputs ? w[row * inputs + k * S + s] : T{};
+        }
+}
+
+// out [count, inputs]: rows of w out of its panels.
+template <typename T>
+void unpack_rows(T* out, const T* packed, const int64_t* rows, int64_t count, int64_t inputs) {
+  constexpr int S = side<T>();
+  for (int64_t t = 0; t < count; t++) {
+    const T* from = packed + (rows[t] / PANEL * inputs / S * PANEL + rows[t] % PANEL) * S;
+    for (int64_t k = 0; k < inputs / S; k++) std::memcpy(out + t * inputs + k * S, from + k * PANEL * S, S * sizeof(T));
+  }
+}
+
+}  // namespace headrace
+
+using namespace headrace;
+
+#define EXPORT(T, NAME)                                                                                          \
+  extern "C" void headrace_pack_##NAME(T* out, const T* w, int64_t outputs, int64_t inputs, int threads) {       \
+    pack(out, w, outputs, inputs, threads);                                                                      \
+  }                                                                                                              \
+  extern "C" void headrace_unpack_rows_##NAME(T* out, const T* packed, const int64_t* rows, int64_t count,      \
+                                              int64_t inputs) {                                                  \
+    unpack_rows(out, packed, rows, count, inputs);                                                               \
+  }                                                                                                              \
+  extern "C" void headrace_linear_##NAME(void* y, const T* x, const T* w, const T* bias,                         \
+                                         int64_t rows, int64_t inputs, int64_t outputs, int64_t x_stride,        \
+                                         int64_t y_stride, int parts, int finish, int wide, int threads) {       \
+    linear(Product<T>{y, x, w, bias, rows, inputs, outputs, x_stride, y_stride, parts, finish,         \
+                      wide != 0},                                                                                \
+           threads);                                                                                             \
+  }
+
+EXPORT(float, f32)
+#ifdef __AVX512BF16__
+EXPORT(bf16, bf16)
+#endif
+
+#endif

@@ -1,0 +1,1 @@
+"""Triton kernels for GPUs other than attention; torch does the same work where Triton is missing."""
