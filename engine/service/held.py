@@ -30,6 +30,11 @@ class Held:
     completion: Completion | None = None  # set where the job ended without the core (bad input, dead)
 
     @property
+    def started(self) -> bool:
+        """Whether one of its requests has run."""
+        return self.prepared is not None and any(r.seq >= 0 for r in self.prepared.requests)
+
+    @property
     def entry(self) -> tuple[str, str]:
         return self.leased.stream, self.leased.entry_id
 

@@ -1,4 +1,4 @@
-"""The intake thread: from the lane's streams into the core, no faster than rows become free."""
+"""The intake thread: from the lane's streams into the core, as far ahead as the core plans."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from engine.errors import EngineError
 from engine.service.desk import Desk
 from engine.service.held import Held
 from headrace.errors import StoreFull, StoreUnavailable
-from headrace.ledger import Leased
+from headrace.ledger import BATCH, Leased
 from headrace.messages import Priority
 from headrace.patience import Patience
 
-#: Jobs leased beyond the free rows, so that a row that ends finds the next job tokenised.
+#: Jobs leased beyond the free rows at least, so that a row that ends finds the next job tokenised.
 LOOK_AHEAD = 0.25
+#: Seconds between looks at the other engines of the lane, and without a heartbeat after which one is gone.
+COUNT_S, GONE_S = 2.0, 5.0
 #: Milliseconds that an idle engine waits for a submit before it looks for released jobs.
 IDLE_MS = 200
 
@@ -27,6 +29,8 @@ class Intake:
         self._cursors = dict.fromkeys(Priority, "0-0")
         self._swept = time.monotonic()
         self._lost_reply = False
+        self._counted = -COUNT_S
+        self._fair = 0
 
     def run(self) -> None:
         desk = self.desk
@@ -51,9 +55,25 @@ class Intake:
         """Jobs to lease now: none until a worthwhile number of places is free."""
         if self.desk.state != "ready":
             return 0
-        most = int(self.desk.config.max_num_seqs * (1 + LOOK_AHEAD)) + 1
+        rows = self.desk.config.max_num_seqs
+        most = rows + max(int(rows * LOOK_AHEAD) + 1, self._ahead(rows))
         free = most - max(self.desk.held.requests, len(self.desk.held))
-        return free if free >= max(1, most // 8) else 0
+        return min(free, BATCH) if free >= max(1, rows // 8) else 0
+
+    def _ahead(self, rows: int) -> int:
+        """Jobs to plan beyond the running ones: --lookahead, where other engines of the lane find work too.
+
+        So no engine takes more than its part of all unfinished jobs, and none idles at the end of a backlog.
+        """
+        desk = self.desk
+        if time.monotonic() - self._counted > COUNT_S:
+            self._counted = time.monotonic()
+            seen = {name: engine["at"] for name, engine in desk.store.run(desk.ledger.engines()).items()}
+            others = sum(at > max(seen.values()) - GONE_S for name, at in seen.items() if name != desk.id)
+            self._fair = desk.config.lookahead
+            if others:
+                self._fair = desk.store.run(desk.ledger.jobs_waiting()) // (others + 1) - rows
+        return min(desk.config.lookahead, self._fair)
 
     def _results_full(self) -> bool:
         """Back-pressure: whether a result stream that this engine writes to is still at its bound."""

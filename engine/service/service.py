@@ -178,7 +178,10 @@ class Service:
         )  # fmt: skip
         self._enter("restarting")
         desk.engine.take_unfinished()
-        self._hand_back([h for h in desk.held.all() if h.unfinished], failed=True)
+        unfinished = [h for h in desk.held.all() if h.unfinished]
+        # Jobs that only waited have nothing to do with the death.
+        self._hand_back([h for h in unfinished if h.started], failed=True)
+        self._hand_back([h for h in unfinished if not h.started])
         if self._deaths > MAX_BARREN_RESTARTS:
             raise EngineError(
                 f"ranks died {self._deaths} times without a finished job between; last: {death}"
