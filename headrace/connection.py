@@ -32,6 +32,8 @@ log = logging.getLogger("headrace.connection")
 MAX_BLOCK_MS = 1000
 #: Seconds for an ordinary reply.
 TIMEOUT_S = 5.0
+#: Seconds to connect; longer would hold up the first attempt after a partition.
+CONNECT_TIMEOUT_S = 2.0
 #: Seconds for the reply to a lease renewal.
 RENEWAL_TIMEOUT_S = 2.0
 
@@ -116,7 +118,7 @@ async def connect_async(url: str, allow_volatile: bool = False) -> AsyncConnecti
 COMMON: dict[str, Any] = {
     "decode_responses": False,
     "protocol": 2,
-    "socket_connect_timeout": TIMEOUT_S,
+    "socket_connect_timeout": CONNECT_TIMEOUT_S,
 }
 
 

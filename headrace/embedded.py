@@ -57,6 +57,7 @@ class EmbeddedServer:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock: IO[Any] | None = _lock(self.folder)
         self._process: subprocess.Popen[bytes] | None = None
+        self._appendfsync = appendfsync
         self._stopped = threading.Event()
         # a socket's path must fit into 108 bytes, and the folder's may be longer
         self._sockets = tempfile.mkdtemp(prefix=_SOCKETS)
@@ -73,6 +74,19 @@ class EmbeddedServer:
     @property
     def pid(self) -> int:
         return self._process.pid if self._process else 0
+
+    def revive(self) -> str | None:
+        """Start the server again where it ended by itself, on the same socket and files; returns how it
+        ended, None where it runs. Raises StoreError when it does not come up. Called from one thread."""
+        process = self._process
+        if process is None or process.poll() is None:
+            return None
+        code = process.returncode
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.socket)
+        self._start(self._appendfsync)
+        return f"the embedded server {how}"
 
     def stop(self) -> None:
         """End the server; its data stays in the folder. Safe to call twice."""

@@ -15,8 +15,9 @@ from headrace.errors import StoreError
 
 log = logging.getLogger("headrace.patience")
 
-#: First and longest pause between attempts, in seconds.
-FIRST_S, LONGEST_S = 0.1, 5.0
+#: First and longest pause between attempts, in seconds. With the 2 s to connect, work goes on within 5 s of
+#: the server's return.
+FIRST_S, LONGEST_S = 0.1, 2.0
 
 
 @dataclass(slots=True)

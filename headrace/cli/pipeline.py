@@ -12,18 +12,16 @@ that is done already, or is refused, starts none.
 from __future__ import annotations
 
 import contextlib
-import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from headrace.cli.child import DRAIN_S, Engine
 from headrace.cli.common import CommandError
+from headrace.cli.parts import Part, interrupts
 from headrace.cli.progress import Progress, Snapshot, summary
 from headrace.cli.workdir import Manifest, Workdir
 from headrace.connection import connect
@@ -43,6 +41,8 @@ TICK_S = 0.1
 LOOK_S, SETTLED_S = 1.0, 3.0
 #: Seconds to wait for the loader at the end: it may hang in a read of standard input that never returns.
 LOADER_END_S = 2.0
+#: Deaths of the embedded server in a row, without a row finished between, that a run puts up with.
+MAX_SERVER_DEATHS = 3
 #: Seconds that the server may be away.
 PATIENCE_S = 30.0
 
@@ -84,22 +84,31 @@ def execute(plan: RunPlan) -> Outcome:
         if plan.fresh or workdir.nothing_written(plan.error_file):
             _forget(plan, workdir, settings)
         manifest = workdir.begin(plan.model, plan.fingerprint, plan.run, plan.lane)
-        interrupts = stack.enter_context(_interrupts())
-        url = plan.redis or stack.enter_context(EmbeddedServer(workdir.server)).url
+        seen = stack.enter_context(interrupts())
+        server = None if plan.redis else stack.enter_context(EmbeddedServer(workdir.server))
+        url = plan.redis or (server.url if server else "")
         store = Store(connect(url, settings.allow_volatile))
         stack.callback(store.close)
-        run = _Run(plan, workdir, manifest, settings, store, url)
+        run = _Run(plan, workdir, manifest, settings, store, url, server)
         stack.callback(run.close)
-        return run.run(interrupts)
+        return run.run(seen)
 
 
 class _Run:
-    """One pass over the input. The main thread owns it; two threads work for it, each a `_Part`."""
+    """One pass over the input. The main thread owns it; two threads work for it, each a `Part`."""
 
     def __init__(
-        self, plan: RunPlan, workdir: Workdir, manifest: Manifest, settings: Settings, store: Store, url: str
+        self,
+        plan: RunPlan,
+        workdir: Workdir,
+        manifest: Manifest,
+        settings: Settings,
+        store: Store,
+        url: str,
+        server: EmbeddedServer | None,
     ) -> None:
-        self.plan, self.manifest, self.store = plan, manifest, store
+        self.plan, self.manifest, self.store, self.server = plan, manifest, store, server
+        self.server_deaths, self.done_at_death = 0, -1
         self.ledger = Ledger(manifest.lane, int(settings.retention_days * 86_400))
         self.target = JsonlTarget(plan.output, workdir.written, plan.error_file)
         self.target.recover()
@@ -131,10 +140,11 @@ class _Run:
     def run(self, interrupts: list[int]) -> Outcome:
         if self.before.total:
             self.progress.say(f"continuing: {self.before.total:,} rows are in {self.plan.output} already")
-        sink = _Part("sink", self.consumer.run)
-        load = _Part("loader", self._load)
+        sink = Part("sink", self.consumer.run)
+        load = Part("loader", self._load)
         try:
             while not self._complete() and not interrupts:
+                self._tend_server()
                 load.check()
                 sink.check()
                 self._tend_engine()
@@ -157,18 +167,36 @@ class _Run:
     def _complete(self) -> bool:
         return self.loader.loaded.complete and self.target.tally.total >= len(self.admitted)
 
+    def _tend_server(self) -> None:
+        """Start the embedded server again when it died: what it acknowledged is on the disk."""
+        if self.server is None or (death := self.server.revive()) is None:
+            return
+        done = self.target.tally.total
+        self.server_deaths = 1 if done > self.done_at_death else self.server_deaths + 1
+        self.done_at_death = done
+        if self.server_deaths > MAX_SERVER_DEATHS:
+            raise CommandError(
+                f"{death}, for the {self.server_deaths}th time without a row finished between: see "
+                f"{self.server.folder / 'valkey.log'}; the same command continues"
+            )
+        self.progress.say(f"{death}: started again, nothing is lost")
+
     def _tend_engine(self) -> None:
         """Start it when there is work, restart it when it died."""
         if not self.engine.started:
             if self.loader.unfinished.is_set():
-                self._free_jobs(failed=False)  # of an earlier pass, which was killed: no fault of theirs
+                try:
+                    self._free_jobs(failed=False)  # of an earlier pass, which was killed: no fault of theirs
+                except StoreUnavailable:
+                    return  # in the next round; the sink's thread decides how long that may last
                 self.engine.start()
             return
         pid = self.engine.pid
         answered = self.target.tally.total - self.before.total - self.loader.loaded.rejected  # by engines
         if (death := self.engine.watch(max(0, answered))) is not None:
             self.progress.say(f"{death}: started again, its rows are run again")
-            self._free_jobs(failed=True, pid=pid)
+            with contextlib.suppress(StoreUnavailable):  # the leases run out by themselves, a little later
+                self._free_jobs(failed=True, pid=pid)
 
     def _free_jobs(self, failed: bool, pid: int | None = None) -> None:
         """Hand back at once what dead engines held, instead of when their leases run out.
@@ -236,30 +264,6 @@ class _Run:
         return Outcome(complete, snapshot.failed)
 
 
-class _Part:
-    """A thread whose failure the main thread raises."""
-
-    def __init__(self, name: str, work: Callable[[threading.Event], Any]) -> None:
-        self._stop = threading.Event()
-        self._failure: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, args=(work,), name=name, daemon=True)
-        self._thread.start()
-
-    def check(self) -> None:
-        if self._failure is not None:
-            raise self._failure
-
-    def end(self, patience_s: float) -> None:
-        self._stop.set()
-        self._thread.join(patience_s)
-
-    def _run(self, work: Callable[[threading.Event], Any]) -> None:
-        try:
-            work(self._stop)
-        except BaseException as e:
-            self._failure = e
-
-
 def _forget(plan: RunPlan, workdir: Workdir, settings: Settings) -> None:
     """--fresh: the output, the working folder and what an outside server knows of the run."""
     try:
@@ -271,16 +275,3 @@ def _forget(plan: RunPlan, workdir: Workdir, settings: Settings) -> None:
         store.run(Ledger(last.lane).forget_run(last.run))
         store.close()
     workdir.remove(plan.error_file)
-
-
-@contextmanager
-def _interrupts() -> Iterator[list[int]]:
-    """SIGINT and SIGTERM, collected instead of raised: the main loop ends in order."""
-    seen: list[int] = []
-    signals = (signal.SIGINT, signal.SIGTERM)
-    old = [signal.signal(s, lambda number, _: seen.append(number)) for s in signals]
-    try:
-        yield seen
-    finally:
-        for s, handler in zip(signals, old, strict=True):
-            signal.signal(s, handler)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
 import resource
 import shutil
 import signal
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -160,3 +162,34 @@ def test_a_finished_run_is_proven_by_its_audit(job: Job, capsys: pytest.CaptureF
     assert main(words) == 1
     assert "lost 1, doubled 0" in capsys.readouterr().out
     assert main(["audit", "another", "--output", str(job.output)]) == 1
+
+
+def test_a_run_outlives_the_death_of_its_embedded_server(job: Job) -> None:
+    job.write_many(400)
+    process = job.start(engine="--per-second 150")
+    for goal in (30, 150):
+        wait_for(lambda goal=goal: len(job.ids()) >= goal)
+        (server,) = [p for p in children(process) if "valkey" in p.name()]
+        os.kill(server.pid, signal.SIGKILL)
+    result = ended(process)
+    assert result.code == 0, result.err
+    assert result.err.count("the embedded server was killed by SIGKILL: started again") == 2
+    assert "Traceback" not in result.err
+    assert Counter(job.ids()) == Counter(f"q-{i}" for i in range(400))
+
+
+def test_a_server_that_keeps_dying_is_one_line(job: Job) -> None:
+    job.write_many(50)
+    process = job.start(engine="--per-second 1")
+    end = time.monotonic() + 60
+    while process.poll() is None and time.monotonic() < end:
+        for p in children(process) if process.poll() is None else []:
+            with contextlib.suppress(psutil.Error, ProcessLookupError):
+                if "valkey" in p.name():
+                    os.kill(p.pid, signal.SIGKILL)
+        time.sleep(0.05)
+    result = ended(process)
+    assert result.code == 1
+    assert "Traceback" not in result.err
+    assert result.err.splitlines()[-1].startswith("headrace: error: ")
+    assert "the same command continues" in result.err or "embedded server" in result.err

@@ -123,3 +123,14 @@ def _gone(pid: int) -> None:
     while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def test_a_server_that_died_by_itself_is_revived_with_what_it_acknowledged(tmp_path: Path) -> None:
+    with EmbeddedServer(tmp_path) as server:
+        assert server.revive() is None
+        redis.Redis.from_url(server.url).set("a", "1")
+        os.kill(server.pid, signal.SIGKILL)
+        while (how := server.revive()) is None:
+            time.sleep(0.02)
+        assert how == "the embedded server was killed by SIGKILL"
+        assert redis.Redis.from_url(server.url).get("a") == b"1", "on the same URL"
