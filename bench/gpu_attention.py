@@ -76,11 +76,11 @@ def _attend(
     backend: AttentionBackend, rows: list[tuple[int, int]], dtype: torch.dtype, seed: int
 ) -> torch.Tensor:
     step, caches, *qkv = case(rows, backend.shape, dtype, seed)
-    _fill(backend, step, caches)
+    fill(backend, step, caches)
     return backend.attend(0, *qkv)
 
 
-def _fill(backend: AttentionBackend, step: AttnStep, caches: tuple[torch.Tensor, torch.Tensor]) -> None:
+def fill(backend: AttentionBackend, step: AttnStep, caches: tuple[torch.Tensor, torch.Tensor]) -> None:
     backend.allocate(caches[0].shape[0])
     backend.cache.k[0].copy_(caches[0])
     backend.cache.v[0].copy_(caches[1])
@@ -133,7 +133,7 @@ def timings(device: torch.device, quick: bool) -> Iterator[dict[str, Any]]:
         step, caches, q, k, v = case(rows, shape, shape.dtype, 0)
         read = 2 * sum(s + c for s, c in rows) * shape.num_kv_heads * shape.head_dim * shape.dtype.itemsize
         for backend in (choose(shape)[0], SdpaBackend(shape)):
-            _fill(backend, step, caches)
+            fill(backend, step, caches)
             seconds = seconds_of(partial(backend.attend, 0, q, k, v), device, 3 if quick else 50)
             yield {
                 "timing": "attention of one layer", "case": name, "backend": backend.name, "context": context,
