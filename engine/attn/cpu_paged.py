@@ -13,7 +13,7 @@ import torch
 
 from engine.attn.base import AttnShape, AttnStep, KVCache
 from engine.cpu.build import library
-from engine.cpu.ops import LANES, NAMES, kernel
+from engine.cpu.kernels import LANES, NAMES, kernel
 
 #: Queries (tokens times query heads of a KV head) that share one pass over the keys.
 QUERIES = 32

@@ -13,12 +13,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 from engine.attn.base import AttentionBackend, HeadWork
 from engine.config import ModelSpec
-from engine.cpu import ops
-from engine.gpu import ops as gpu_ops
 from engine.load.shards import Cut, Part, Shard
 from engine.models.norm import RMSNorm
 from engine.models.rope import Rope, rotate
@@ -29,7 +26,7 @@ from engine.parallel.layers import (
     RowParallelLinear,
     Tensors,
 )
-from engine.parallel.vocab import ParallelLMHead, VocabParallelEmbedding
+from engine.parallel.vocab import ParallelLMHead, VocabParallelEmbedding, tied
 
 #: The source of a tied head: a checkpoint may carry the alias or leave it out.
 HEAD = "lm_head.weight"
@@ -92,11 +89,14 @@ class Decoder:
         self.spec = spec
         self.rope = Rope(spec, max_len, device)
         embed_VD = tensors.pop("embed.weight")
-        self.embed = VocabParallelEmbedding(embed_VD, spec.vocab_size, comm)
+        if spec.tie_embeddings:
+            self.embed, self.head = tied(embed_VD, spec.vocab_size, comm)
+        else:
+            self.embed = VocabParallelEmbedding(embed_VD, spec.vocab_size, comm)
+            self.head = ParallelLMHead(tensors.pop("head.weight"), spec.vocab_size, comm)
+        del embed_VD
         self.layers = [DecoderLayer(spec, tensors, i, comm) for i in range(spec.num_layers)]
         self.norm = RMSNorm(tensors.pop("norm.weight"), spec.rms_eps)
-        head_VD = embed_VD if spec.tie_embeddings else tensors.pop("head.weight")
-        self.head = ParallelLMHead(head_VD, spec.vocab_size, comm)
 
     def forward(
         self,
@@ -155,11 +155,7 @@ class DecoderLayer:
         norm that reads the sum."""
         x_TD, h_TD = self.attn_norm.after_adding(x_TD, delta_TD)
         x_TD, h_TD = self.mlp_norm.after_adding(x_TD, self._attention(h_TD, angles, attention))
-        gate_TO, up_TO = self.gate_up(h_TD)
-        h_TO = ops.silu_mul(gate_TO, up_TO)
-        if h_TO is None:
-            h_TO = gpu_ops.silu_mul(gate_TO, up_TO)
-        return x_TD, self.down(F.silu(gate_TO) * up_TO if h_TO is None else h_TO)
+        return x_TD, self.down(self.gate_up(h_TD))
 
     def _attention(self, x_TD: torch.Tensor, angles: Angles, attention: AttentionBackend) -> torch.Tensor:
         heads, kv_heads = self.qkv.num_heads, self.qkv.num_kv_heads
