@@ -8,11 +8,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from headrace.client import Client, SyncClient
+    from headrace.client import Client
     from headrace.errors import (
         HeadraceError,
         InvalidJob,
         LaneFull,
+        NotDurable,
         ResultExpired,
         SettingsError,
         StoreError,
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     )
     from headrace.ledger import RunProgress
     from headrace.messages import Completion, Job, Kind, Message, Priority, SamplingParams, Status
+    from headrace.sync import SyncClient
 
 __all__ = [
     "Client",
@@ -31,6 +33,7 @@ __all__ = [
     "Kind",
     "LaneFull",
     "Message",
+    "NotDurable",
     "Priority",
     "ResultExpired",
     "RunProgress",
@@ -44,7 +47,7 @@ __all__ = [
 ]
 
 #: Where the names live, the cheapest to import first.
-_HOMES = ("errors", "messages", "ledger", "client")
+_HOMES = ("errors", "messages", "ledger", "client", "sync")
 
 
 def __getattr__(name: str) -> Any:

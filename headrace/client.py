@@ -1,4 +1,4 @@
-"""What applications use: `Client` for asyncio, `SyncClient` for everything else.
+"""What applications use: `Client`, for asyncio (`headrace.sync` has it for everything else).
 
 A client that awaits answers has a result stream of its own, read by one background task, so an answer costs
 no polling. A job that ended before it was asked for is answered from the completion that the ledger keeps
@@ -10,15 +10,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import AsyncIterable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 
 from headrace.connection import connect_async
+from headrace.durable import Ack, check_ack, confirm
 from headrace.errors import LaneFull, ResultExpired, StoreError
 from headrace.keys import QUEUED, REPLY_PREFIX
 from headrace.ledger import Ledger, RunProgress
@@ -122,11 +122,17 @@ class Client:
 
     # -- submit ----------------------------------------------------------------------------------
 
-    async def submit(self, job: Job | Mapping[str, Any]) -> str:
+    async def submit(self, job: Job | Mapping[str, Any], ack: Ack = "memory") -> str:
         """Put one job into the lane; returns its id. Its completion goes to the stream that `reply_to` names,
-        where a sink takes it. Give `reply_to=client.reply_to` to fetch it with `result`."""
+        where a sink takes it. Give `reply_to=client.reply_to` to fetch it with `result`.
+
+        `ack`: how far it is carried first: "memory" (the server has it), "fsync" (on its disk), "replica" (on
+        a second server). Raises NotDurable where that took too long, StoreError where it cannot be had.
+        """
+        check_ack(ack)
         built = self._built(job)
         await self._offer([built])
+        await self._confirm(built.run, ack)
         return built.id
 
     @property
@@ -135,21 +141,28 @@ class Client:
         return self._reply_to
 
     async def submit_many(
-        self, jobs: Iterable[Job | Mapping[str, Any]] | AsyncIterable[Job | Mapping[str, Any]]
+        self,
+        jobs: Iterable[Job | Mapping[str, Any]] | AsyncIterable[Job | Mapping[str, Any]],
+        ack: Ack = "memory",
     ) -> Counter[str]:
-        """Put any number of jobs into the lane, no faster than it takes them.
+        """Put any number of jobs into the lane, no faster than it takes them. `ack` as in `submit`, once for
+        each batch.
 
         Returns how many were "new", "queued" (accepted before) or had ended, by status. Memory does not grow
         with their number.
         """
+        check_ack(ack)
         states: Counter[str] = Counter()
         batch: list[Job] = []
         async for job in _each(jobs):
             batch.append(self._built(job))
             if len(batch) == BATCH:
                 states.update(await self._offer(batch))
+                await self._confirm(batch[0].run, ack)
                 batch = []
         states.update(await self._offer(batch))
+        if batch:
+            await self._confirm(batch[0].run, ack)
         return states
 
     async def progress(self, run: str) -> RunProgress:
@@ -221,61 +234,17 @@ class Client:
             if entries:
                 await self._run(self.ledger.drop_replies(self._reply_to, [e.entry_id for e in entries]))
 
+    async def _confirm(self, run: str, ack: Ack) -> None:
+        await confirm(self._connected.connections, self.ledger.keys.run(run), ack)
+
     async def _run(self, work: Any) -> Any:
-        if self._store is None:
-            raise StoreError("the client is not connected: use it as `async with Client(...) as client:`")
-        return await self._store.run(work)
-
-
-class SyncClient:
-    """`Client` for programs without asyncio: the same verbs, blocking. A context manager; thread-safe."""
-
-    def __init__(self, url: str | None = None, lane: str | None = None, timeout: float = 60.0) -> None:
-        self._client = Client(url, lane, timeout)
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="headrace-client", daemon=True)
-
-    def __enter__(self) -> SyncClient:
-        self._thread.start()
-        self._wait(self._client.__aenter__())
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        self._wait(self._client.close())
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
+        return await self._connected.run(work)
 
     @property
-    def reply_to(self) -> str:
-        return self._client.reply_to
-
-    def generate(self, prompt: str | Sequence[int], **fields: Any) -> Completion:
-        return self._wait(self._client.generate(prompt, **fields))
-
-    def chat(self, messages: Sequence[Mapping[str, Any]], **fields: Any) -> Completion:
-        return self._wait(self._client.chat(messages, **fields))
-
-    def score(self, prompt: str, continuation: str, **fields: Any) -> Completion:
-        return self._wait(self._client.score(prompt, continuation, **fields))
-
-    def result(self, job_id: str, timeout: float | None = None) -> Completion:
-        return self._wait(self._client.result(job_id, timeout))
-
-    def submit(self, job: Job | Mapping[str, Any]) -> str:
-        return self._wait(self._client.submit(job))
-
-    def submit_many(self, jobs: Iterable[Job | Mapping[str, Any]]) -> Counter[str]:
-        return self._wait(self._client.submit_many(jobs))
-
-    def progress(self, run: str) -> RunProgress:
-        return self._wait(self._client.progress(run))
-
-    def _wait(self, work: Coroutine[Any, Any, T]) -> T:
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+    def _connected(self) -> AsyncStore:
+        if self._store is None:
+            raise StoreError("the client is not connected: use it as `async with Client(...) as client:`")
+        return self._store
 
 
 def _split(fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -30,6 +30,10 @@ class StoreFull(StoreError):
     """The server is at its `maxmemory` and takes no new data. Finishing and acking jobs still work."""
 
 
+class NotDurable(StoreError):
+    """What was submitted is accepted, but not yet as durable as was asked. Submit it again to wait again."""
+
+
 class ResultExpired(HeadraceError):
     """The job finished, but its completion is no longer kept for awaiting applications."""
 

@@ -97,7 +97,7 @@ class Store:
             except rx.NoScriptError:  # nothing ran: the server was restarted or its scripts flushed
                 reply = client.execute_command("EVAL", call.script.source, *rest)
         except rx.RedisError as e:
-            raise _translated(e, self.connections.shown) from e
+            raise translated(e, self.connections.shown) from e
         return call.parse(reply)
 
 
@@ -151,7 +151,7 @@ class AsyncStore:
             except rx.NoScriptError:
                 reply = await client.execute_command("EVAL", call.script.source, *rest)
         except rx.RedisError as e:
-            raise _translated(e, self.connections.shown) from e
+            raise translated(e, self.connections.shown) from e
         return call.parse(reply)
 
 
@@ -168,7 +168,7 @@ _PASSING = (
 )
 
 
-def _translated(e: rx.RedisError, shown: str) -> StoreError:
+def translated(e: rx.RedisError, shown: str) -> StoreError:
     text = " ".join(str(e).split()) or type(e).__name__
     if isinstance(e, rx.OutOfMemoryError) or text.startswith("OOM "):
         return StoreFull(f"{shown} is at its maxmemory: raise it, or let engines and sinks drain the lane")

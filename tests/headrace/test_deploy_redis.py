@@ -13,7 +13,6 @@ import pytest
 import redis
 from redis.exceptions import NoPermissionError
 
-from headrace.client import SyncClient
 from headrace.connection import connect
 from headrace.doctor import examine, fit
 from headrace.errors import StoreError
@@ -21,6 +20,7 @@ from headrace.ledger import Ledger
 from headrace.messages import Completion, Status
 from headrace.rights import SCRIPTS, Role, refused, rights
 from headrace.store import Store
+from headrace.sync import SyncClient
 from tests.headrace.own_server import DEPLOY, USERS, started, user_file
 from tests.headrace.servers import LANE, answer, job
 
