@@ -130,7 +130,9 @@ def _count(stream: str, run: str, found: Counter[str]) -> Flow[None]:
     start = "-"
     while True:
         entries = yield _call("XRANGE", stream, start, "+", "COUNT", PAGE)
-        for _, fields in entries:
+        for entry, fields in entries:
+            if b"r" in fields:  # a large job, kept beside its entry
+                fields = {FIELD.encode(): (yield _call("GET", f"{stream}#{entry.decode()}")) or b""}
             for job in _ids(fields, run):
                 found[job] += 1
         if len(entries) < PAGE:

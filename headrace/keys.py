@@ -9,9 +9,7 @@ from headrace.messages import Priority
 
 #: Consumer group of the engines on every job stream.
 GROUP = "engines"
-#: Consumer that holds released jobs until an engine leases them.
-FREE = "_free"
-#: The one field of a job entry and of a completion entry.
+#: The field of a completion entry, and of a job entry that holds its payload.
 FIELD = "m"
 #: Result stream that takes what has no `reply_to`.
 DEFAULT_RESULTS = "default"
@@ -35,8 +33,45 @@ class Keys:
         return ":".join((f"hr:{{{self.lane}}}", *parts))
 
     def jobs(self, priority: Priority) -> str:
-        """Stream of waiting and leased jobs."""
+        """Stream of waiting and leased jobs. What is waiting of it is in lists, one for each flow:
+
+        KEY/                sorted set: RUN, or TENANT/ for runs of a tenant -> estimated tokens served
+        KEY/RUN             list of entry ids in order
+        KEY/TENANT/         sorted set of the tenant's runs
+        KEY/TENANT/RUN      list
+        KEY#ENTRY           a payload too large to stand in the entry itself
+        """
         return self._key("jobs", priority.value)
+
+    @property
+    def later(self) -> str:
+        """Sorted set: "STREAM-NUMBER ENTRY-ID FLOW" -> unix milliseconds from which a lease may have it."""
+        return self._key("jobs", "later")
+
+    @property
+    def suspects(self) -> str:
+        """List of groups of entries that were in flight together when an engine or a rank died."""
+        return self._key("jobs", "suspects")
+
+    @property
+    def shares(self) -> str:
+        """Hash: stream number -> estimated tokens served by its weight."""
+        return self._key("jobs", "shares")
+
+    @property
+    def cancels(self) -> str:
+        """Sorted set: "RUN" or "RUN ID" -> unix seconds at which somebody asked to cancel it."""
+        return self._key("cancels")
+
+    @property
+    def crashes(self) -> str:
+        """Stream of the last thousand deaths of engines and ranks, with their evidence."""
+        return self._key("crashes")
+
+    @property
+    def dead(self) -> str:
+        """Stream of dead letters."""
+        return self._key("dead")
 
     def marks(self, run: str) -> str:
         """Hash: job id -> "q" (accepted, not finished), "x" (forgotten) or the status it ended with."""
@@ -61,9 +96,9 @@ class Keys:
 
     @property
     def attempts(self) -> str:
-        """Hash: "<job stream> <entry id>" -> failed deliveries, until the job ends. By entry and not by job
-        id, so that a payload nobody can read has its count too; an entry id is added and deleted in the
-        same replicated order as its count, so even an id that is issued again after a failover is safe."""
+        """Hash: "<job stream> <entry id>" -> its failed deliveries by cause, until the job ends. By entry and
+        not by job id, so that a payload nobody can read has its counts too; an entry id is added and deleted
+        in the same replicated order as its counts, so even an id issued again after a failover is safe."""
         return self._key("attempts")
 
     @property

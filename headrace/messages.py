@@ -98,6 +98,8 @@ class Job(Strict):
     continuation_token_ids: Annotated[list[TokenId], Field(min_length=1)] | None = None
     params: SamplingParams = Field(default_factory=SamplingParams)
     priority: Priority = Priority.NORMAL
+    tenant: Name | None = None
+    """Whose job it is: tenants share an engine evenly, however many runs or jobs they have."""
     deadline: Number | None = None
     """Unix seconds."""
     reply_to: Name | None = None
@@ -159,7 +161,7 @@ class Job(Strict):
 
 
 #: Fields that say how a job travels and not what it asks; its default id does not depend on them.
-_TRANSPORT = {"id", "enqueued", "reply_to", "traceparent", "priority", "deadline"}
+_TRANSPORT = {"id", "enqueued", "reply_to", "traceparent", "priority", "tenant", "deadline"}
 
 
 def _check_size(raw: bytes) -> None:

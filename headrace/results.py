@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from headrace.keys import FIELD, Keys
-from headrace.store import Call, Flow, script
+from headrace.keys import DEFAULT_RESULTS, FIELD, Keys
+from headrace.store import Arg, Call, Flow, script
 
 #: Entries that one call acknowledges or replays.
 PAGE = 500
@@ -28,12 +28,13 @@ class Delivered:
 class ResultCalls:
     """Result-stream calls of one lane. `name` is a job's `reply_to`, None the lane's default stream."""
 
-    def __init__(self, keys: Keys) -> None:
-        self.keys = keys
+    def __init__(self, keys: Keys, retention_s: int) -> None:
+        self.keys, self.retention_s = keys, retention_s
 
     def ensure_sink(self, name: str | None, group: str) -> Call[int]:
         """Make the sink's group, from the stream's first entry; standing groups are left alone."""
-        return Call(int, script("ensure_group"), (self.keys.results(name),), (group,))
+        args: tuple[Arg, ...] = (group, self._expiry(name))
+        return Call(int, script("ensure_group"), (self.keys.results(name),), args)
 
     def read_results(
         self, name: str | None, group: str, consumer: str, count: int, block_ms: int
@@ -51,7 +52,7 @@ class ResultCalls:
             keys = (self.keys.results(name), self.keys.attempts)
             args = (group, consumer, after, PAGE, FIELD)
             rows, last, _ = yield Call(lambda r: r, script("mine"), keys, args)
-            out += [Delivered(entry.decode(), raw) for entry, raw, _ in rows]
+            out += [Delivered(entry.decode(), raw) for entry, raw, _, _ in rows]
             after = f"({last.decode()}" if last else ""
         return out
 
@@ -59,9 +60,13 @@ class ResultCalls:
         """Acknowledge; entries that all groups have acknowledged are deleted. Returns how many were."""
         n = 0
         for i in range(0, len(entry_ids), PAGE):
-            args = (group, *entry_ids[i : i + PAGE])
+            args: tuple[Arg, ...] = (group, self._expiry(name), *entry_ids[i : i + PAGE])
             n += yield Call(int, script("ack_results"), (self.keys.results(name),), args)
         return n
+
+    def _expiry(self, name: str | None) -> int:
+        """An empty stream of a run goes when its counters do; the lane's own stays."""
+        return 0 if name in (None, DEFAULT_RESULTS) else self.retention_s
 
     def result_length(self, name: str | None) -> Call[int]:
         """Completions in the stream that some sink has yet to take."""

@@ -27,13 +27,13 @@ class Role(StrEnum):
 
 #: Scripts that each role runs. An admin runs all of them as well.
 SCRIPTS = {
-    Role.PRODUCER: ("submit", "reject"),
+    Role.PRODUCER: ("submit", "reject", "cancel"),
     Role.ENGINE: (
-        "lease", "position", "renew", "finish", "release", "reclaim", "takeover", "mine", "leave",
-        "heartbeat",
+        "lease", "position", "renew", "finish", "release", "crash", "expired", "heal", "take",
+        "mine", "leave", "heartbeat",
     ),
     Role.SINK: ("ensure_group", "mine", "ack_results", "lag"),
-    Role.ADMIN: ("forget",),
+    Role.ADMIN: ("forget", "reopen"),
 }  # fmt: skip
 
 #: Commands that each role sends by themselves: (command, key family).
@@ -41,13 +41,16 @@ COMMANDS = {
     Role.PRODUCER: (
         ("XLEN", "jobs"), ("HGETALL", "run"), ("HGET", "marks"), ("HSET", "run"), ("XLEN", "results"),
         ("XREAD", "reply"), ("XDEL", "reply"), ("GET", "kept"), ("HGETALL", "engines"),
+        ("ZREVRANGE", "runs"),
     ),
     Role.ENGINE: (
         ("XREAD", "jobs"), ("XLEN", "jobs"), ("XLEN", "results"), ("HGETALL", "engines"), ("HDEL", "engines"),
+        ("GET", "jobs"), ("LLEN", "jobs"), ("ZRANGE", "cancels"),
     ),
     Role.SINK: (("XREADGROUP", "results"), ("XLEN", "results")),
     Role.ADMIN: (
-        ("SCAN", ""), ("XRANGE", "jobs"), ("XRANGE", "results"), ("HSCAN", "marks"), ("HGETALL", "run"),
+        ("SCAN", ""), ("XRANGE", "jobs"), ("XRANGE", "results"), ("XRANGE", "dead"), ("XDEL", "dead"),
+        ("GET", "jobs"), ("HSCAN", "marks"), ("HGETALL", "run"),
         ("XINFO GROUPS", "results"), ("XGROUP DESTROY", "results"), ("CONFIG GET", ""), ("ACL LIST", ""),
         ("MEMORY USAGE", "jobs"), ("SLOWLOG GET", ""), ("CLIENT LIST", ""),
     ),
@@ -55,8 +58,20 @@ COMMANDS = {
 
 #: Key families whose keys each role's scripts touch.
 _FAMILIES = {
-    Role.PRODUCER: ("jobs", "runs", "marks", "run", "results"),
-    Role.ENGINE: ("jobs", "attempts", "runs", "marks", "run", "results", "kept", "engines"),
+    Role.PRODUCER: ("jobs", "runs", "marks", "run", "results", "cancels"),
+    Role.ENGINE: (
+        "jobs",
+        "attempts",
+        "runs",
+        "marks",
+        "run",
+        "results",
+        "kept",
+        "engines",
+        "cancels",
+        "dead",
+        "crashes",
+    ),
     Role.SINK: ("results", "attempts"),
 }
 
@@ -140,4 +155,7 @@ def _key(family: str, lane: str) -> str:
         "kept": keys.kept("doctor"),
         "attempts": keys.attempts,
         "engines": keys.engines,
+        "cancels": keys.cancels,
+        "dead": keys.dead,
+        "crashes": keys.crashes,
     }[family]

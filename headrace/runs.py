@@ -67,7 +67,8 @@ class RunCalls:
     def forget_run(self, run: str) -> Flow[None]:
         """Forget a run, so that its rows can be submitted again. What is still queued of it is run in vain:
         its end is dropped without a completion. Completions that no sink has read yet stay readable."""
-        keys, cursor = (self.keys.marks(run), self.keys.run(run), self.keys.runs), "0"
+        keys = (self.keys.marks(run), self.keys.run(run), self.keys.runs, self.keys.cancels)
+        cursor = "0"
         while True:
             cursor = yield Call(bytes.decode, script("forget"), keys, (run, cursor, PAGE))
             if cursor == "0":

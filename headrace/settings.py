@@ -30,7 +30,7 @@ class Settings:
     allow_volatile: bool = False  # take a server without an append-only file
     lease_s: float = 30.0  # a job comes back this long after its engine was last heard of
     drain_s: float = 20.0  # on SIGTERM: what runs gets this long to finish
-    max_attempts: int = 5  # failed deliveries after which a job ends as dead
+    max_attempts: int = 5  # tries of a job that fails by a fault of the engine's own
     lane_bound: int = 10_000  # jobs waiting or leased; producers wait above it
     result_bound: int = 10_000  # completions in one result stream; engines pause intake above it
     retention_days: float = 7.0  # marks and counters of a run outlive its last change by this

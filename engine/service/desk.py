@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from engine.config import EngineConfig
 from engine.engine import Engine
+from engine.service.clock import ServerClock
 from engine.service.held import Held, HeldJobs
 from engine.service.jobs import Jobs
 from headrace.ledger import Ledger
@@ -44,5 +45,10 @@ class Desk:
     """The ranks are gone; the keeper ends."""
     state: str = "loading"  # the step thread's
     committed: int = 0  # the commit thread's
-    full: set[str | None] = field(default_factory=set)
-    """Result streams at their bound: the commit thread adds, the intake removes."""
+    full: dict[str | None, frozenset[str]] = field(default_factory=dict)
+    """Result streams at their bound, with the runs that write to them: the commit thread adds, the intake
+    removes."""
+
+    @property
+    def clock(self) -> ServerClock:
+        return self.jobs.clock

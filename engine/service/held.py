@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from engine.request import Request
-from headrace.messages import Completion, Job
+from headrace.messages import Completion, Job, Status
 
 if TYPE_CHECKING:
     from engine.text import Prepared
@@ -28,6 +28,8 @@ class Held:
     prepared: Prepared | None = None
     unfinished: int = 0
     completion: Completion | None = None  # set where the job ended without the core (bad input, dead)
+    newer: bool = False  # of a version that this engine cannot read
+    stopped: Status | None = None  # why the keeper cancelled its requests: cancelled or expired
 
     @property
     def started(self) -> bool:
@@ -80,6 +82,11 @@ class HeldJobs:
             self._requests -= 1
             held.unfinished -= 1
             return held if held.unfinished == 0 else None
+
+    def requests_of(self, held: Held) -> list[str]:
+        """Ids of the job's requests that still run."""
+        with self._lock:
+            return [rid for rid, h in self._by_request.items() if h is held]
 
     def drop(self, held: Held) -> list[str]:
         """Forget a job; returns the ids of its requests that still run."""

@@ -16,14 +16,19 @@ import orjson
 from engine.config import ModelSpec
 from engine.errors import EngineError, InvalidRequest
 from engine.request import Request
+from engine.service.clock import ServerClock
 from engine.service.held import Held
+from engine.service.process import build
 from engine.text import complete, failure, prepare
 from engine.tokenizer import Tokenizer
 from headrace.errors import InvalidJob
-from headrace.messages import NAME_PATTERN, Completion, ErrorInfo, Job, Status, Timings
+from headrace.messages import NAME_PATTERN, VERSION, Completion, ErrorInfo, Job, Status, Timings
 from headrace.settings import Settings
 
 log = logging.getLogger("headrace.jobs")
+
+#: Code of what went wrong in the engine and not in the job: it is tried again.
+INTERNAL = "internal_error"
 
 
 class Jobs:
@@ -40,23 +45,30 @@ class Jobs:
     ) -> None:
         self.tokenizer, self.spec, self.context = tokenizer, spec, context
         self.engine, self.model, self.settings = engine, model, settings
+        self.clock = ServerClock()
 
     def prepare(self, held: Held) -> list[Request]:
-        """The requests to run; none where the job ends at once, with `held.completion` set."""
+        """The requests to run; none where the job ends at once, with `held.completion` set, or is `newer`."""
         try:
             held.job = job = Job.parse(held.leased.raw)
         except InvalidJob as e:
+            held.newer = _newer(held.leased.raw)
             held.completion = self._unreadable(held, e)
             return []
         if job.lane != self.settings.lane:
             message = f"the job names lane {job.lane}, and stands in lane {self.settings.lane}"
             held.completion = self._failure(held, "wrong_lane", message)
             return []
-        if held.leased.failed >= self.settings.max_attempts:
-            message = f"{held.leased.failed} deliveries ended in the death of an engine or rank"
-            held.completion = self._failure(held, "too_many_attempts", message, Status.DEAD)
+        attempts = held.leased.attempts
+        if attempts.proven:
+            message = f"an engine or a rank died under this job {attempts.crashes} times, the last time alone"
+            held.completion = self._failure(held, "crashes_engine", message, Status.DEAD)
             return []
-        if job.deadline is not None and time.time() > job.deadline:
+        if held.leased.cancelled:
+            message = "the job was cancelled while it waited"
+            held.completion = self._failure(held, "cancelled", message, Status.CANCELLED)
+            return []
+        if job.deadline is not None and self.clock.now() > job.deadline:
             message = "the deadline had passed when an engine was free"
             held.completion = self._failure(held, "deadline_exceeded", message, Status.EXPIRED)
             return []
@@ -67,13 +79,12 @@ class Jobs:
             return []
         except Exception as e:  # one bad row must not stop the engine, whatever a tokenizer makes of it
             log.exception("prepare_failed job=%s", job.id)
-            held.completion = self._failure(
-                held, "internal_error", f"{type(e).__name__}: see the engine's log"
-            )
+            held.completion = self._failure(held, INTERNAL, f"{type(e).__name__}: see the engine's log")
             return []
         for i, request in enumerate(held.prepared.requests):
             # by entry, not by job: after a run was forgotten, two entries may carry one job id
             request.id = f"{held.leased.stream} {held.leased.entry_id} {i}"
+            request.salt = (job.tenant or "").encode()  # what a tenant's prompts share, others cannot time
         return held.prepared.requests
 
     def refuse(self, held: Held, error: EngineError) -> None:
@@ -86,7 +97,7 @@ class Jobs:
         assert held.job is not None
         assert held.prepared is not None
         try:
-            return complete(
+            done = complete(
                 held.job,
                 held.prepared,
                 self.tokenizer,
@@ -97,7 +108,31 @@ class Jobs:
             )
         except Exception as e:  # as above, on the way out
             log.exception("complete_failed job=%s", held.job.id)
-            return self._failure(held, "internal_error", f"{type(e).__name__}: see the engine's log")
+            return self._failure(held, INTERNAL, f"{type(e).__name__}: see the engine's log")
+        deadline = held.job.deadline
+        if held.stopped is Status.CANCELLED:
+            return ended_early(done, Status.CANCELLED, "cancelled", "the job was cancelled while it ran")
+        if held.stopped is Status.EXPIRED or (deadline is not None and self.clock.now() > deadline):
+            message = "the deadline passed while the job ran"
+            return ended_early(done, Status.EXPIRED, "deadline_exceeded", message)
+        return done
+
+    def again(self, held: Held, completion: Completion) -> bool:
+        """Whether the job is to be tried again instead of ending like this."""
+        failed = completion.error is not None and completion.error.code == INTERNAL
+        return failed and held.leased.attempts.errors + 1 < self.settings.max_attempts
+
+    def letter(self, held: Held, completion: Completion) -> dict[str, Any] | None:
+        """What a dead letter should say of the job, without its bytes; None where it leaves none."""
+        error = completion.error
+        given_up = completion.status is Status.DEAD or held.job is None
+        if error is None or not (given_up or error.code == INTERNAL):
+            return None
+        return {
+            "id": completion.id, "run": completion.run, "status": completion.status.value, "code": error.code,
+            "message": error.message, "engine": self.engine, "model": self.model, "build": build(),
+            "at": round(self.clock.now(), 3),
+        }  # fmt: skip
 
     def _failure(self, held: Held, code: str, message: str, status: Status = Status.ERROR) -> Completion:
         assert held.job is not None
@@ -130,6 +165,25 @@ class Jobs:
             reply_to=_name(seen.get("reply_to")),
             meta=meta if isinstance(meta := seen.get("meta"), dict) else {},
         )
+
+
+def ended_early(done: Completion, status: Status, code: str, message: str) -> Completion:
+    """The completion of a job that ran, but not to its end; what it made until then is only counted."""
+    error = ErrorInfo(code=code, message=message)
+    update = {
+        "status": status,
+        "error": error,
+        "choices": [],
+        "prompt_logprobs": None,
+        "prompt_token_ids": None,
+    }
+    return done.model_copy(update=update)
+
+
+def _newer(raw: bytes) -> bool:
+    """Whether the bytes are a job of a version that came after this engine's."""
+    v = _fields(raw).get("v")
+    return isinstance(v, int) and not isinstance(v, bool) and v > VERSION
 
 
 def _fields(raw: bytes) -> dict[str, Any]:

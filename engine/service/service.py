@@ -26,6 +26,7 @@ from engine.service.held import Held
 from engine.service.intake import Intake
 from engine.service.jobs import Jobs
 from engine.service.keeper import keep
+from engine.service.process import build as build_name
 from engine.tokenizer import load_tokenizer
 from headrace.connection import connect
 from headrace.errors import StoreError
@@ -35,8 +36,9 @@ from headrace.store import Store
 
 log = logging.getLogger("headrace.engine")
 
-#: Deaths of a rank in a row, with no committed job between them, after which the engine gives up.
-MAX_BARREN_RESTARTS = 3
+#: Deaths of a rank in a row, with no committed job between them, after which the engine gives up. One job
+#: that kills ranks costs two in a row at most, as its suspects are run in halves; three such jobs a few more.
+MAX_BARREN_RESTARTS = 8
 
 Build = Callable[[EngineConfig, ModelSpec], Executor]
 
@@ -179,9 +181,9 @@ class Service:
         self._enter("restarting")
         desk.engine.take_unfinished()
         unfinished = [h for h in desk.held.all() if h.unfinished]
-        # Jobs that only waited have nothing to do with the death.
-        self._hand_back([h for h in unfinished if h.started], failed=True)
+        # Jobs that only waited have nothing to do with the death. They go first: what is left died together.
         self._hand_back([h for h in unfinished if not h.started])
+        self._hand_back([h for h in unfinished if h.started], death)
         if self._deaths > MAX_BARREN_RESTARTS:
             raise EngineError(
                 f"ranks died {self._deaths} times without a finished job between; last: {death}"
@@ -189,14 +191,23 @@ class Service:
         desk.engine.restart(self.build(desk.config, self.spec))
         self._enter("ready")
 
-    def _hand_back(self, held: list[Held], failed: bool = False) -> None:
-        """To the queue, at once. Without a server the leases run out, as nobody renews them."""
+    def _hand_back(self, held: list[Held], death: WorkerDied | None = None) -> None:
+        """To the queue, at once, as suspects where a rank died under them. Without a server the leases run
+        out, as nobody renews them."""
         desk = self.desk
         for h in held:
             desk.held.drop(h)
         try:
-            n = desk.store.run(desk.ledger.release(desk.id, [h.leased for h in held], failed))
-            log.info("handed_back engine=%s jobs=%d failed=%s", desk.id, n, failed)
+            leased = [h.leased for h in held]
+            if death is None:
+                n = desk.store.run(desk.ledger.release(desk.id, leased))
+            else:
+                evidence = {
+                    "engine": desk.id, "rank": death.rank, "error": death.evidence, "build": build_name(),
+                    "at": round(desk.clock.now(), 3),
+                }  # fmt: skip
+                n = desk.store.run(desk.ledger.crashed(desk.id, leased, evidence))
+            log.info("handed_back engine=%s jobs=%d suspect=%s", desk.id, n, death is not None)
         except StoreError as e:
             log.warning("not_handed_back engine=%s jobs=%d cause=%s", desk.id, len(held), e)
 

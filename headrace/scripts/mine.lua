@@ -3,7 +3,8 @@
 -- would count as a delivery and prolong the lease, and is not replicated).
 -- KEYS: 1 stream, 2 attempts
 -- ARGV: 1 group, 2 consumer, 3 first entry id, "(" before it to leave it out, 4 count, 5 field
--- Returns {entries of {entry id, payload, failed deliveries}, last entry id seen or "", ghosts dropped}.
+-- Returns {entries of {entry id, payload, attempts, 1 where the payload is kept beside the entry}, last entry
+-- id seen or "", ghosts dropped}.
 -- Keeps: leases as they are; only what was deleted (a ghost) leaves the pending list.
 local pending = redis.pcall('XPENDING', KEYS[1], ARGV[1], ARGV[3], '+', ARGV[4], ARGV[2])
 if pending.err then
@@ -15,12 +16,10 @@ for _, p in ipairs(pending) do
   last = p[1]
   local entry = redis.call('XRANGE', KEYS[1], last, last)[1]
   if entry then
-    local payload = ''
-    for f = 1, #entry[2], 2 do
-      if entry[2][f] == ARGV[5] then payload = entry[2][f + 1] end
-    end
-    local failed = redis.call('HGET', KEYS[2], KEYS[1] .. ' ' .. last)
-    out[#out + 1] = {last, payload, tonumber(failed or 0)}
+    local fields = {}
+    for f = 1, #entry[2], 2 do fields[entry[2][f]] = entry[2][f + 1] end
+    local tries = redis.call('HGET', KEYS[2], KEYS[1] .. ' ' .. last)
+    out[#out + 1] = {last, fields[ARGV[5]] or '', tries or '', tonumber(fields['r'] or 0)}
   else
     redis.call('XACK', KEYS[1], ARGV[1], last)
     redis.call('HDEL', KEYS[2], KEYS[1] .. ' ' .. last)

@@ -16,6 +16,7 @@ for i = 3, #ARGV, 4 do
     out[#out + 1] = 'duplicate'
   else
     redis.call('XADD', results, '*', ARGV[1], ARGV[i + 3])
+    redis.call('PERSIST', results)
     redis.call('HSET', marks, ARGV[i], ARGV[i + 2])
     redis.call('HINCRBY', run, 'submitted', 1)
     redis.call('HINCRBY', run, ARGV[i + 2], 1)

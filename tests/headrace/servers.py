@@ -17,7 +17,7 @@ from headrace.connection import connect
 from headrace.embedded import EmbeddedServer
 from headrace.keys import GROUP
 from headrace.ledger import Ledger
-from headrace.messages import Completion, Job, Priority, Status, Usage
+from headrace.messages import Completion, Job, Status, Usage
 from headrace.store import Store
 
 LANE = "test"
@@ -94,16 +94,9 @@ class Lane:
             aged = self.redis.xclaim(one.stream, GROUP, consumer, 0, [one.entry_id], idle=60_000, justid=True)
             assert aged, "it is not there to be aged"
 
-    def sweep(self, consumer: str, count: int = 100) -> list:
-        """Every lease that was not renewed for half a minute."""
-        found = []
-        for priority in Priority:
-            cursor = ""
-            while cursor != "0-0":
-                page = self.run(self.ledger.reclaim(consumer, priority, 30_000, cursor or "0-0", count))
-                found += page.leased
-                cursor = page.cursor
-        return found
+    def sweep(self) -> int:
+        """Every lease that was not renewed for half a minute becomes suspect; returns how many."""
+        return self.run(self.ledger.reclaim(30_000))
 
     def results(self, name: str | None = None, group: str = "sink") -> list[Completion]:
         self.run(self.ledger.ensure_sink(name, group))

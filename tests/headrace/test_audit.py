@@ -146,11 +146,16 @@ def test_other_runs_and_unreadable_entries_are_left_out(lane: Lane) -> None:
     lane.submit("b", run="other")
     lane.redis.xadd(lane.ledger.keys.jobs(Priority.NORMAL), {"m": b"{"})
     lane.redis.xadd(lane.ledger.keys.jobs(Priority.NORMAL), {"n": b"1"})
-    leased = lane.lease()
-    lane.run(lane.ledger.finish("a", [(leased[0], answer(leased[0]))]))
+    (a,) = (one for one in lane.lease() if b'"id":"a"' in one.raw)
+    lane.run(lane.ledger.finish("a", [(a, answer(a))]))
     assert audit(lane) == 0
     evidence = lane.run(gather(lane.ledger, "r"))
     assert (evidence.marks, evidence.waiting.total(), evidence.results) == ({"a": "ok"}, 0, Counter("a"))
+
+
+def test_a_job_too_large_for_its_entry_is_seen_waiting(lane: Lane) -> None:
+    lane.submit("large", prompt="x" * 100_000)
+    assert lane.run(gather(lane.ledger, "r")).waiting == Counter({"large": 1})
 
 
 def test_many_jobs_are_read_page_by_page(lane: Lane) -> None:

@@ -119,8 +119,8 @@ def test_a_missing_right_is_named(tmp_path: Path) -> None:
         admin = redis.Redis(port=port)
         user = ["ACL", "SETUSER", "e", "on", ">pw", "~*", "+@all"]
         url = f"redis://e:pw@127.0.0.1:{port}"
-        admin.execute_command(*user, "-xautoclaim", "-hdel")
-        assert "lacks hdel, xautoclaim" in refused(url, roles=[Role.ENGINE])["rights: engine"]
+        admin.execute_command(*user, "-xclaim", "-hdel")
+        assert "lacks hdel, xclaim" in refused(url, roles=[Role.ENGINE])["rights: engine"]
         assert "rights: producer" not in refused(url, roles=[Role.PRODUCER])
         admin.execute_command(*user, "resetkeys", "~hr:{other}:*")
         assert "scripts on hr:{chat}:jobs:normal" in refused(url, roles=[Role.PRODUCER])["rights: producer"]
