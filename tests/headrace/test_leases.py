@@ -156,3 +156,50 @@ def test_scripts_and_groups_are_made_again_after_the_server_lost_everything(lane
     assert lane.lease() == []
     assert lane.submit("a") == ["new"]
     assert lane.finish(lane.lease()) == ["done"]
+
+
+def test_a_retry_waits_as_long_as_the_server_says(lane: Lane) -> None:
+    lane.submit("a", "b")
+    a, _ = lane.lease("x")
+    assert lane.run(lane.ledger.retry("x", a, within_s=600)) == 1
+    assert lane.run(lane.ledger.retry("x", a)) == 0, "it is not ours any more"
+    assert lane.lease("y") == []
+    (member,) = lane.redis.zrange(lane.ledger.keys.later, 0, -1)
+    due = lane.redis.zscore(lane.ledger.keys.later, member) / 1000
+    seconds, micros = lane.redis.time()
+    assert due - (seconds + micros / 1e6) <= 1, "the first limit is a second, full jitter"
+    lane.redis.zadd(lane.ledger.keys.later, {member: 1})
+    (again,) = lane.lease("y")
+    assert (ids([again]), again.attempts.errors, again.failed, again.suspect) == (["a"], 1, 1, False)
+
+
+def test_a_lone_job_is_proven_a_cause_by_its_second_crash(lane: Lane) -> None:
+    lane.submit("a")
+    for crash in (1, 2):
+        (one,) = lane.lease("e")
+        assert (one.attempts.crashes, one.attempts.proven) == (crash - 1, False)
+        assert lane.run(lane.ledger.crashed("e", [one], {"n": crash})) == 1
+    (one,) = lane.lease("e")
+    assert (one.attempts.crashes, one.attempts.proven, one.suspect) == (2, True, False)
+
+
+def test_suspects_are_given_to_idle_engines_alone_and_stay_a_group(lane: Lane) -> None:
+    lane.submit("a", "b", "c", "d", "e")
+    busy = lane.lease("busy", 1)
+    lane.run(lane.ledger.crashed("dead", lane.lease("dead", 4), {}))
+    assert lane.run(lane.ledger.suspect_groups()) == 2
+    lane.submit("fresh")
+    assert ids(lane.lease("busy")) == ["fresh"], "it holds something"
+    half = lane.lease("idle")
+    assert ids(half) == ["b", "c"], "and nothing else"
+    assert all(one.suspect for one in half)
+    lane.run(lane.ledger.release("idle", half))
+    assert ids(lane.lease("idle")) == ["b", "c"]
+    assert lane.run(lane.ledger.renew("busy", busy)) == []
+
+
+def test_nobody_is_called_by_the_name_that_held_released_jobs(lane: Lane) -> None:
+    lane.submit("a")
+    lane.run(lane.ledger.release("x", lane.lease("x")))
+    assert lane.run(lane.ledger.release_dead("_free")) == 0
+    assert ids(lane.lease("y")) == ["a"]

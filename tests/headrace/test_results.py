@@ -55,3 +55,21 @@ def test_an_answer_for_an_application_is_kept_by_job_id(lane: Lane) -> None:
     assert kept == answer(leased[0]).to_bytes()
     assert lane.run(lane.ledger.kept("b")) is None
     assert 0 < lane.redis.ttl(lane.ledger.keys.results("reply.me")) <= 3600
+
+
+def test_an_empty_stream_of_a_run_goes_with_its_counters_and_the_lanes_own_stays(lane: Lane) -> None:
+    for name, job_id in (("night", "a"), (None, "b")):
+        lane.run(lane.ledger.ensure_sink(name, "s"))
+        lane.submit(job_id, reply_to=name)
+    stream, own = lane.ledger.keys.results("night"), lane.ledger.keys.results(None)
+    assert 0 < lane.redis.ttl(stream) <= 7 * 86_400, "nothing was ever written to it"
+    lane.finish(lane.lease())
+    assert lane.redis.ttl(stream) == -1, "what no sink has taken does not expire"
+    for name in ("night", None):
+        (taken,) = lane.run(lane.ledger.read_results(name, "s", "c", 10, 1))
+        assert lane.run(lane.ledger.ack_results(name, "s", [taken.entry_id])) == 1
+    assert 0 < lane.redis.ttl(stream) <= 7 * 86_400
+    assert lane.redis.ttl(own) == -1
+    lane.submit("c", reply_to="night")
+    lane.finish(lane.lease())
+    assert lane.redis.ttl(stream) == -1, "it is written to again"
