@@ -15,6 +15,7 @@ from enum import IntFlag
 import numpy as np
 import torch
 
+from engine.gpu import ops as gpu_ops
 from engine.parallel.comm import Comm
 from engine.request import Sampling, TokenLogprobs
 from engine.sample.chunks import compact, first_max, padded
@@ -42,6 +43,7 @@ class Need(IntFlag):
     RANDOM = 8
     TOP_K_OR_MIN_P = 16
     TOP_P = 32
+    LIMITED = TOP_K_OR_MIN_P | TOP_P
     LOGPROBS = 64
 
 
@@ -66,6 +68,9 @@ class Sampler:
         self.stops: dict[int, Sparse] = {}
         self.needs_R = np.zeros(max_rows, np.int64)
         self.output_R = np.zeros(max_rows, np.int64)  # tokens drawn, while min_tokens holds
+        # What a GPU's one-pass kernel is told; a temperature of 0 is greedy.
+        self.seeds_R = np.zeros(max_rows, np.int64)
+        self.temperatures_R = np.zeros(max_rows, np.float32)
 
     def add_row(self, row: int, sampling: Sampling, tokens: list[int], prompt_len: int) -> None:
         """A request takes `row`. `tokens`: its prompt, and after preemption its output so far."""
@@ -91,6 +96,8 @@ class Sampler:
         if sampling.logprobs is not None:
             needs |= Need.LOGPROBS
         self.needs_R[row] = needs
+        self.seeds_R[row] = sampling.seed
+        self.temperatures_R[row] = sampling.temperature if needs & Need.RANDOM else 0.0
 
     def drop_row(self, row: int) -> None:
         """Forget a row that ended or was preempted; an empty row may be dropped again."""
@@ -106,13 +113,19 @@ class Sampler:
         the tokens will stand. Every rank returns the same ids.
         """
         logits_SV = self._never_empty(logits_SV)
-        value_S, id_S = self.shard.best(*first_max(logits_SV))
-        greatest_S = value_S
         needs_S = self.needs_R[rows]
+        free = gpu_ops.draw(logits_SV, rows, self.seeds_R, self.temperatures_R, positions, self.shard.start)
+        if free is None:
+            value_S, id_S = self.shard.best(*first_max(logits_SV))
+            greatest_S, special = value_S, Need.EDIT | Need.RANDOM
+        else:
+            top_S, score_S, index_S = free
+            greatest_S, special = self.shard.max(top_S), Need.EDIT | Need.LIMITED
+            value_S, id_S = self.shard.best(score_S, index_S)
         if not needs_S.any():
             return SampleOutput(rows, self._or_zero(greatest_S, value_S, id_S), greatest_S, value_S)
 
-        group = np.flatnonzero(needs_S & (Need.EDIT | Need.RANDOM))
+        group = np.flatnonzero(needs_S & special)
         if len(group):
             at_R = torch.from_numpy(group).to(self.device)
             values_RV = padded(logits_SV[at_R])

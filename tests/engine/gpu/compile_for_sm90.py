@@ -19,7 +19,7 @@ from triton.runtime.jit import JITFunction
 
 from engine.attn.base import AttnShape, AttnStep, HeadWork
 from engine.attn.triton_paged import TritonBackend
-from engine.gpu import elementwise
+from engine.gpu import draw, elementwise
 
 #: Bytes of shared memory that one block of a Hopper core may have.
 SHARED = 232_448
@@ -84,6 +84,13 @@ def passes(width: int, dtype: torch.dtype) -> None:
     elementwise.silu_mul(x, x)
 
 
+def sampling(dtype: torch.dtype) -> None:
+    for rows in (1, 64, 600):
+        positions = torch.zeros(rows, dtype=torch.int64)
+        logits = torch.zeros(rows, 151936, dtype=dtype)
+        draw.draw(logits, np.zeros(rows, np.int64), np.zeros(rows, np.float32), positions, 75968)
+
+
 if __name__ == "__main__":
     triton.runtime.driver.set_active(Hopper())
     JITFunction.__getitem__ = compile_instead  # type: ignore[method-assign,assignment]
@@ -95,6 +102,8 @@ if __name__ == "__main__":
         for width in (1024, 5120):
             case = f"{width} {dtype}"
             passes(width, dtype)
+        case = f"draw {dtype}"
+        sampling(dtype)
     too_large = sorted({name for (name, _), k in compiled.items() if k.metadata.shared > SHARED})
     if too_large:
         sys.exit(f"more than {SHARED} bytes of shared memory: {', '.join(too_large)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,6 @@ import torch
 from tests.engine.gpu.interpreter import DEVICE  # isort: skip
 from engine.attn.triton_paged import TritonBackend
 from engine.cpu import ops as cpu_ops
-from engine.gpu import elementwise
 from engine.gpu import ops as gpu_ops
 from tests.engine.model import drive, tiny
 
@@ -32,7 +32,9 @@ def test_logits_equal_torch_on_sdpa(family: str, tmp_path: Path, monkeypatch: py
         if kernels:
             for name in ("rms_norm", "rotate", "silu_mul"):
                 monkeypatch.setattr(cpu_ops, name, lambda *_: None)
-            monkeypatch.setattr(gpu_ops, "_kernels", lambda device: elementwise)
+            monkeypatch.setattr(
+                gpu_ops, "_kernels", lambda module, device: importlib.import_module(f"engine.gpu.{module}")
+            )
             w.attention = TritonBackend(w.attention.shape)
             w.allocate(64)
         driver = drive.Driver(w, 64)

@@ -24,5 +24,13 @@ def test_every_kernel_compiles_for_sm_90(tmp_path: Path) -> None:
         env=environment | {"PYTHONPATH": path, "TRITON_CACHE_DIR": str(tmp_path)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    names = ("_attend_chunks", "_attend_decoding", "_merge", "_prepare", "_rms_norm", "_swiglu")
+    names = (
+        "_attend_chunks",
+        "_attend_decoding",
+        "_merge",
+        "_prepare",
+        "_rms_norm",
+        "_swiglu",
+        "_draw_parts",
+    )
     assert all(f'"{name}"' in done.stdout for name in names)
