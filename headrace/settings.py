@@ -33,10 +33,12 @@ class Settings:
     max_attempts: int = 5  # tries of a job that fails by a fault of the engine's own
     lane_bound: int = 10_000  # jobs waiting or leased; producers wait above it
     result_bound: int = 10_000  # completions in one result stream; engines pause intake above it
+    spool: str = ""  # folder for completions while the server is away (default: in the user's state folder)
+    spool_mb: int = 256  # what one engine may keep there
     retention_days: float = 7.0  # marks and counters of a run outlive its last change by this
 
     def __post_init__(self) -> None:
-        for name in ("lease_s", "max_attempts", "lane_bound", "result_bound", "retention_days"):
+        for name in ("lease_s", "max_attempts", "lane_bound", "result_bound", "spool_mb", "retention_days"):
             if not getattr(self, name) > 0:
                 raise SettingsError(f"{name} {getattr(self, name)} must be above 0")
         if self.drain_s < 0:

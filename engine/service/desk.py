@@ -14,6 +14,7 @@ from engine.engine import Engine
 from engine.service.clock import ServerClock
 from engine.service.held import Held, HeldJobs
 from engine.service.jobs import Jobs
+from engine.service.spool import Spool
 from headrace.ledger import Ledger
 from headrace.settings import Settings
 from headrace.store import Store
@@ -30,6 +31,8 @@ class Desk:
     jobs: Jobs
     ledger: Ledger
     store: Store
+    spool: Spool | None = None
+    """None where no folder for it can be used."""
     held: HeldJobs = field(default_factory=HeldJobs)
     done: queue.SimpleQueue[Held | None] = field(default_factory=queue.SimpleQueue)
     """Jobs to commit; None after the last one."""

@@ -25,7 +25,7 @@ HEARTBEAT_S = 1.0
 def keep(desk: Desk) -> None:
     """Until the desk is closed."""
     renewed = moved_at = time.monotonic()
-    seen = -1
+    seen, away = -1, 0.0
     emptied: set[str] = set()
     while not desk.closed.wait(HEARTBEAT_S):
         now = time.monotonic()
@@ -41,7 +41,13 @@ def keep(desk: Desk) -> None:
                 else:
                     log.error("stuck engine=%s seconds=%.0f: its leases run out", desk.id, now - moved_at)
         except StoreError as e:
-            log.warning("keeper_failed engine=%s cause=%s", desk.id, e)
+            if not away:  # one line for an outage, not one for each second of it
+                log.warning("keeper_failed engine=%s cause=%s", desk.id, e)
+            away = away or now
+        else:
+            if away:
+                log.warning("keeper_recovered engine=%s seconds=%.1f", desk.id, time.monotonic() - away)
+            away = 0.0
 
 
 def _stop_what_must_end(desk: Desk, emptied: set[str]) -> set[str]:

@@ -20,13 +20,14 @@ from engine.engine import Engine
 from engine.errors import EngineError, WorkerDied
 from engine.exec.base import Executor
 from engine.models.registry import read_spec
-from engine.service.commit import commit_until_done
+from engine.service.commit import commit_left_behind, commit_until_done
 from engine.service.desk import Desk
 from engine.service.held import Held
 from engine.service.intake import Intake
 from engine.service.jobs import Jobs
 from engine.service.keeper import keep
 from engine.service.process import build as build_name
+from engine.service.spool import Spool, spool_folder
 from engine.tokenizer import load_tokenizer
 from headrace.connection import connect
 from headrace.errors import StoreError
@@ -89,6 +90,7 @@ class Service:
             ledger=Ledger(settings.lane, int(settings.retention_days * 86_400)),
             store=Store(connect(settings.redis, settings.allow_volatile)),
         )
+        self.desk.spool = _spool(self.desk)
         self._failure: BaseException | None = None
         self._deaths = 0  # of ranks, since a job was last committed
         self._committed_at_death = -1
@@ -98,6 +100,7 @@ class Service:
         desk = self.desk
         keeper = self._start(lambda: keep(desk), "keeper")
         try:
+            commit_left_behind(desk)
             desk.engine.start()
             started()
             self._fit_context()
@@ -116,6 +119,8 @@ class Service:
         desk.engine.stop()
         keeper.join()
         self._leave()
+        if desk.spool is not None:
+            desk.spool.close()
         desk.store.close()
         if self._failure is not None:
             raise self._failure
@@ -219,3 +224,16 @@ class Service:
             self.desk.store.run(self.desk.ledger.leave(self.desk.id))
         except StoreError as e:
             log.warning("left_silently engine=%s cause=%s", self.desk.id, e)
+
+
+def _spool(desk: Desk) -> Spool | None:
+    settings = desk.settings
+    folder = spool_folder(settings.spool, desk.store.connections.shown, settings.lane)
+    try:
+        return Spool(folder, desk.id, settings.spool_mb << 20)
+    except OSError as e:
+        log.warning(
+            "no_spool folder=%s cause=%s: completions made during an outage live in memory only, set spool",
+            folder, e.strerror,
+        )  # fmt: skip
+        return None

@@ -124,7 +124,8 @@ def settings(args: argparse.Namespace) -> Settings:
     """Defaults, settings file, environment and the queue's flags."""
     from headrace.settings import Settings
 
-    return Settings.load({name: getattr(args, name) for name in ("redis", "lane", "allow_volatile")})
+    names = ("redis", "lane", "allow_volatile", "drain_s")
+    return Settings.load({name: getattr(args, name, None) for name in names})
 
 
 def log_to_stderr() -> None:

@@ -34,6 +34,13 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--model", required=True, metavar="DIR", help="folder with the model's files")
     add_queue_flags(parser)
+    parser.add_argument(
+        "--drain-timeout",
+        type=float,
+        metavar="SECONDS",
+        dest="drain_s",
+        help="after SIGTERM, what runs gets this long to finish before it is handed back (default: 20)",
+    )
     add_engine_flags(parser)
     parser.set_defaults(command=command)
 
