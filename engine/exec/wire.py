@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import msgpack
@@ -79,20 +80,24 @@ class StepResult:
     allreduces: int = 0
 
 
+#: RowStep from a tuple, as its `_make` does, without a Python call for each row.
+_row_step = partial(tuple.__new__, RowStep)
+
+
 def pack_plan(plan: StepPlan) -> bytes:
     new = [(n.row, n.tokens, n.prompt_len, n.computed, n.blocks, n.sampling.to_wire()) for n in plan.new]
     return msgpack.packb((PROTOCOL, plan.step, plan.steps, new, plan.finished))
 
 
 def unpack_plan(raw: bytes) -> StepPlan:
-    version, step, steps, new, finished = msgpack.unpackb(raw, strict_map_key=False)
+    version, step, steps, new, finished = msgpack.unpackb(raw, use_list=False, strict_map_key=False)
     if version != PROTOCOL:
         raise ValueError(f"step protocol {version}, this rank speaks {PROTOCOL}")
     return StepPlan(
         step,
-        list(map(RowStep._make, steps)),
-        [NewRow(r, t, p, c, b, Sampling.from_wire(s)) for r, t, p, c, b, s in new],
-        finished,
+        list(map(_row_step, steps)),
+        [NewRow(r, list(t), p, c, list(b), Sampling.from_wire(s)) for r, t, p, c, b, s in new],
+        list(finished),
     )
 
 
@@ -102,7 +107,7 @@ def _pack_logprobs(e: TokenLogprobs) -> tuple[Any, ...]:
 
 def _unpack_logprobs(raw: Any) -> TokenLogprobs:
     token_id, logprob, rank, top = raw
-    return TokenLogprobs(token_id, logprob, rank, tuple((i, p) for i, p in top))
+    return TokenLogprobs(token_id, logprob, rank, top)
 
 
 def pack_result(r: StepResult) -> bytes:
@@ -115,15 +120,16 @@ def pack_result(r: StepResult) -> bytes:
 
 
 def unpack_result(raw: bytes) -> StepResult:
-    version, step, sampled, logprobs, prompt, bad, seconds, allreduces = msgpack.unpackb(raw)
+    unpacked = msgpack.unpackb(raw, use_list=False)
+    version, step, sampled, logprobs, prompt, bad, seconds, allreduces = unpacked
     if version != PROTOCOL:
         raise ValueError(f"step protocol {version}, this driver speaks {PROTOCOL}")
     return StepResult(
         step,
-        list(map(tuple, sampled)),
+        list(sampled),
         [(row, _unpack_logprobs(e)) for row, e in logprobs],
         [(row, pos, _unpack_logprobs(e)) for row, pos, e in prompt],
-        [(row, why) for row, why in bad],
+        list(bad),
         seconds,
         allreduces,
     )
