@@ -38,7 +38,7 @@ READ_MS = 500
 LOOK_S = 0.5
 #: Seconds of the first and the longest pause while the lane is full.
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 2.0
-_OWN = frozenset({"id", "run", "priority", "deadline", "meta", "reply_to", "traceparent"})
+_OWN = frozenset({"id", "run", "priority", "tenant", "deadline", "meta", "reply_to", "traceparent"})
 
 
 class Client:
@@ -164,6 +164,22 @@ class Client:
         if batch:
             await self._confirm(batch[0].run, ack)
         return states
+
+    async def cancel(self, job_id: str, run: str | None = None) -> str:
+        """Ask for a job to end: it ends as `cancelled`, when an engine leases it or between two steps of it.
+
+        `run`: the job's; without it, the one that this client gave it, or every run of the lane that has it.
+        Returns "cancelling", the status that it ended with before, or "unknown".
+        """
+        run = run or self._runs.get(job_id)
+        if run is None:
+            return await self._run(self.ledger.cancel_anywhere(job_id))
+        (word,) = await self._run(self.ledger.cancel(run, [job_id]))
+        return word
+
+    async def cancel_run(self, run: str) -> None:
+        """Ask for all jobs of a run to end as `cancelled`, those that are still to be submitted among them."""
+        await self._run(self.ledger.cancel_run(run))
 
     async def progress(self, run: str) -> RunProgress:
         return await self._run(self.ledger.progress(run))

@@ -60,6 +60,12 @@ class SyncClient:
     def submit_many(self, jobs: Iterable[Job | Mapping[str, Any]], ack: Ack = "memory") -> Counter[str]:
         return self._wait(self._client.submit_many(jobs, ack))
 
+    def cancel(self, job_id: str, run: str | None = None) -> str:
+        return self._wait(self._client.cancel(job_id, run))
+
+    def cancel_run(self, run: str) -> None:
+        self._wait(self._client.cancel_run(run))
+
     def progress(self, run: str) -> RunProgress:
         return self._wait(self._client.progress(run))
 

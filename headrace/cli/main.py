@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from headrace.cli import audit, demo, doctor, engine, run, sink, submit
+from headrace.cli import audit, demo, dlq, doctor, engine, run, sink, submit
 from headrace.cli.common import CANNOT, INTERRUPTED
 from headrace.errors import HeadraceError
 
@@ -39,7 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for module in (run, demo, engine, submit, sink, doctor, audit):
+    for module in (run, demo, engine, submit, sink, doctor, audit, dlq):
         module.add_parser(commands)
     for command in set(commands.choices.values()):
         command.add_argument("--debug", action="store_true", help="show tracebacks instead of one line")

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from headrace import Client, InvalidJob, LaneFull, ResultExpired, SyncClient
+from headrace.cancels import cancelled
 from headrace.messages import Choice, Completion, Job, Status
 from tests.headrace.servers import LANE, Lane
 
@@ -118,3 +119,40 @@ def test_a_bad_job_is_refused_before_it_is_sent(lane: Lane) -> None:
         with pytest.raises(InvalidJob, match="unknown field"):
             client.generate("x", colour="red")
     assert lane.run(lane.ledger.jobs_waiting()) == 0
+
+
+def test_a_question_can_be_cancelled_and_its_asker_is_told(lane: Lane) -> None:
+    lane.submit("other")
+
+    def engine() -> None:
+        one = next(iter(wait_for_cancel(lane)))
+        lane.run(lane.ledger.finish("e", [(one, cancelled(Job.parse(one.raw), one))]))
+
+    async def ask() -> tuple[Completion, str]:
+        async with Client(lane.url, LANE) as client:
+            asked = asyncio.create_task(client.generate("long", id="mine", run="r"))
+            while await client.cancel("mine") != "cancelling":
+                await asyncio.sleep(0.01)
+            thread = threading.Thread(target=engine)
+            thread.start()
+            done = await asked
+            thread.join()
+            return done, await client.cancel("mine", "r")
+
+    done, after = asyncio.run(ask())
+    assert (done.status, after) == (Status.CANCELLED, "cancelled")
+
+
+def wait_for_cancel(lane: Lane) -> list:
+    return [one for one in lane.lease("e") if one.cancelled]
+
+
+def test_a_cancelled_run_takes_what_comes_later_with_it(lane: Lane) -> None:
+    lane.submit("a", "b")
+    lane.submit("c", run="s")
+    with SyncClient(lane.url, LANE) as client:
+        client.cancel_run("r")
+        assert client.cancel("nobody") == "unknown"
+        assert client.cancel("c") == "cancelling"
+    lane.submit("late")
+    assert {Job.parse(one.raw).id for one in lane.lease("e") if one.cancelled} == {"a", "b", "c", "late"}
