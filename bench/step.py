@@ -131,7 +131,7 @@ def loop(waiting: int, steps: int, depth: int) -> dict[str, Any]:
         "steps": steps,
         "wall_ms": _ms(wall),
         "cpu_ms": _ms(cpu),
-        "queue_seconds": round(first, 3),
+        "first_step_s": round(first, 3),
         "bytes_per_waiting": round(grown * 1024 / waiting),
         "target_ms": 1.0,
     }

@@ -20,8 +20,8 @@ from engine.sched.radix import Pending
 #: A request may be overtaken by this many times the look-ahead. In a window that is kept full, the average
 #: request waits while as many start as the window holds, so a bound near one would undo the plan.
 UNFAIRNESS = 4
-#: The window is planned anew when this part of it has started.
-PART = 8
+#: The window is planned anew when a part of it has started: one in this many.
+PART = 4
 #: Requests that started last, whose prefixes a new plan continues: more than the kinds that a plan mixes.
 WARM = 8
 
@@ -42,7 +42,7 @@ class Lookahead:
         self._order: deque[Pending] = deque()  # the plan; entries may be gone
         self._fresh: list[Pending] = []  # in the window and not in the plan; entries may be gone
         self._started: deque[Pending] = deque(maxlen=WARM)
-        self._tickets = self._taken = self._planned_at = 0
+        self._tickets = self._taken = self._plan_again_at = 0
 
     def __len__(self) -> int:
         return len(self._window) + len(self._behind)
@@ -85,9 +85,9 @@ class Lookahead:
             self._order.popleft()
         planned = len(self._window) - len(self._fresh)
         short = self._fresh and planned < self._machine.rows
-        if not short and (self._taken - self._planned_at) * PART < self._size:
+        if not short and self._taken < self._plan_again_at:
             return
-        self._planned_at = self._taken
+        self._plan_again_at = self._taken + -(-len(self._window) // PART)
         self._fresh = []
         pending = list(self._window.values())
         for p in pending:

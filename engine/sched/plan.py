@@ -65,20 +65,20 @@ def _depth_first(root: Node, block_size: int, started: list[Pending]) -> list[Pe
         for p in sorted(node.members, key=lambda p: (-p.expected, p.ticket)):
             p.cost = cost + len(p.words) // _WORD - node.depth * block_size
             out.append(p)
+        here = slice(node.depth * unit, (node.depth + 1) * unit)
+        going_on: dict[tuple[bytes, bytes], list[Pending]] = {}  # the started ones, by their next block
+        for p in warm:
+            going_on.setdefault((p.salt, p.words[here]), []).append(p)
         ranked = []
         for child in node.children:
             edge = (child.depth - node.depth) * block_size
-            warmed = [p for p in warm if _same_block(p, child.first, node.depth, unit)]
-            rank = (bool(warmed), (child.count - 1) * edge, child.longest, -child.first.ticket)
+            first = child.first
+            warmed = going_on.get((first.salt, first.words[here]), []) if going_on else []
+            rank = (bool(warmed), (child.count - 1) * edge, child.longest, -first.ticket)
             ranked.append((rank, child, cost + edge / child.count, warmed))
         ranked.sort(key=itemgetter(0))  # the stack's end is walked first
         stack += [entry[1:] for entry in ranked]
     return out
-
-
-def _same_block(a: Pending, b: Pending, index: int, unit: int) -> bool:
-    here = slice(index * unit, (index + 1) * unit)
-    return a.salt == b.salt and a.words[here] == b.words[here]
 
 
 def _mixed(rows: list[Pending]) -> list[Pending]:

@@ -65,9 +65,9 @@ def radix(pending: Iterable[Pending], unit: int) -> Node | None:
 
 def shared(a: Pending, b: Pending, unit: int) -> int:
     """Full blocks that two prompts have in common at their start."""
-    if a.salt != b.salt:
-        return 0
     x, y = a.words, b.words
+    if a.salt != b.salt or x[:unit] != y[:unit]:
+        return 0
     low, high = 0, min(len(x), len(y)) // unit
     if x[: high * unit] == y[: high * unit]:
         return high
