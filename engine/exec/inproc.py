@@ -1,15 +1,18 @@
 """The executor for one rank in this process: no Ray, no sockets, no second process.
 
-Without overlap a plan runs when it is submitted. With overlap it runs on a thread of its own, so that the
-driver plans the next step while this one waits for the device. Whatever the worker raises in a step is
-reported as a dead rank, as with ranks elsewhere, so that the service has one way to deal with it.
+Without overlap a plan runs when it is submitted. With overlap it is launched on a thread of its own, and its
+result is waited for when it is asked for: a GPU has the next plan before it has finished this one. Whatever
+the worker raises in a step is reported as a dead rank, as with ranks elsewhere, so that the service has one
+way to deal with it.
 """
 
 from __future__ import annotations
 
 import traceback
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING
 
 from engine.config import EngineConfig, ModelSpec
@@ -18,6 +21,7 @@ from engine.exec.base import RankReport
 from engine.exec.wire import StepPlan, StepResult
 
 if TYPE_CHECKING:
+    from engine.worker.pending import PendingStep
     from engine.worker.worker import Worker
 
 
@@ -30,7 +34,7 @@ class InprocExecutor:
         self._worker: Worker | None = None
         self._report: RankReport | None = None
         self._thread: ThreadPoolExecutor | None = None  # where steps run, with overlap
-        self._results: deque[StepResult | Future[StepResult]] = deque()
+        self._results: deque[StepResult | Future[PendingStep | None]] = deque()
 
     def start(self) -> list[RankReport]:
         from engine.worker.worker import Worker  # torch: not before a rank is really wanted
@@ -49,13 +53,13 @@ class InprocExecutor:
         if worker is None:
             raise WorkerDied(0, "it was stopped, or never started")
         if self._thread is None:
-            self._results.append(_run(worker, plan))
+            self._results.append(_result(partial(worker.launch, plan)))
         else:
-            self._results.append(self._thread.submit(_run, worker, plan))
+            self._results.append(self._thread.submit(worker.launch, plan))
 
     def result(self) -> StepResult:
         result = self._results.popleft()
-        return result.result() if isinstance(result, Future) else result
+        return result if isinstance(result, StepResult) else _result(result.result)
 
     @property
     def num_kv_blocks(self) -> int:
@@ -81,10 +85,10 @@ class InprocExecutor:
         return self._report
 
 
-def _run(worker: Worker, plan: StepPlan) -> StepResult:
+def _result(launched: Callable[[], PendingStep | None]) -> StepResult:
     try:
-        result = worker.run(plan)
+        pending = launched()
+        assert pending is not None  # rank 0 always answers
+        return pending.result()
     except Exception as error:
         raise WorkerDied(0, traceback.format_exc()) from error
-    assert result is not None  # rank 0 always answers
-    return result

@@ -15,6 +15,7 @@ import torch
 
 from engine.attn.base import AttnStep
 from engine.exec.wire import StepPlan
+from engine.gpu.host import upload
 from engine.worker.rows import Rows
 
 #: CPU products over a multiple of 8 rows give each row the same bits whatever the other rows are; fewer
@@ -31,6 +32,7 @@ class Batch:
     prompt_lens_T: torch.Tensor  # int64, padded: the prompt length of each token's row
     attn: AttnStep
     sample_rows: list[int]
+    sample_rows_S: torch.Tensor  # int64: the same
     sample_at_S: torch.Tensor  # int64: the token whose hidden state draws the row's next token
     sample_positions_S: torch.Tensor  # int64: the position of the token to be drawn
     score_rows: np.ndarray  # [P]
@@ -63,15 +65,16 @@ def build(plan: StepPlan, rows: Rows, block_size: int, device: torch.device) -> 
     scored = _scored(rows, row_R, start_R, count_R, cu)
     return Batch(
         _ids(rows, row_R, start_R, count_R, cu, padded, device),
-        _to(positions, device),
-        _to(prompt_lens, device),
-        AttnStep(start_R, count_R, cu, _to(rows.tables_RB[row_R, :most], device), _to(slots, device)),
+        upload(positions, device),
+        upload(prompt_lens, device),
+        AttnStep(start_R, count_R, cu, upload(rows.tables_RB[row_R, :most], device), upload(slots, device)),
         row_R[sampled].tolist(),
-        _to(cu[sampled + 1] - 1, device),
-        _to((start_R + count_R)[sampled], device),
+        upload(row_R[sampled], device),
+        upload(cu[sampled + 1] - 1, device),
+        upload((start_R + count_R)[sampled], device),
         row_R[scored[0]],
         scored[1],
-        _to(scored[2], device),
+        upload(scored[2], device),
     )
 
 
@@ -85,10 +88,10 @@ def _ids(
     for r in np.flatnonzero(~decoding).tolist():
         tokens = rows.tokens[row_R[r]]
         ids[cu[r] : cu[r + 1]] = tokens[start_R[r] : start_R[r] + count_R[r]]
-    ids_T = _to(ids, device)
+    ids_T = upload(ids, device)
     own = np.flatnonzero(decoding)
     if len(own):
-        ids_T[_to(cu[own], device)] = rows.last_R[_to(row_R[own], device)]
+        ids_T[upload(cu[own], device)] = rows.last_R[upload(row_R[own], device)]
     return ids_T
 
 
@@ -106,10 +109,3 @@ def _scored(
     offset = np.arange(len(index)) - np.repeat(np.cumsum(number_R) - number_R, number_R)
     position = first_R[index] + offset
     return index, position, cu[:-1][index] + position - 1 - start_R[index]
-
-
-def _to(x: np.ndarray, device: torch.device) -> torch.Tensor:
-    tensor = torch.from_numpy(np.ascontiguousarray(x))
-    if device.type == "cuda":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor

@@ -28,9 +28,11 @@ from engine.models.decoder import HEAD
 from engine.models.registry import build_model, shards_of
 from engine.parallel.comm import Comm, connect
 from engine.request import TokenLogprobs
+from engine.sample.output import SampleOutput
 from engine.sample.sampler import Sampler
 from engine.worker.batch import CPU_ROWS, Batch, build
 from engine.worker.memory import GIB, kv_blocks
+from engine.worker.pending import PendingStep
 from engine.worker.rows import Rows
 
 log = logging.getLogger(__name__)
@@ -151,9 +153,15 @@ class Worker:
         )
         self.model.logits(x_TD[: self.config.max_num_seqs]).float()
 
-    @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepResult | None:
         """Compute one plan. Rank 0 returns the result, the others None."""
+        pending = self.launch(plan)
+        return None if pending is None else pending.result()
+
+    @torch.inference_mode()
+    def launch(self, plan: StepPlan) -> PendingStep | None:
+        """Hand one plan to the device. On a GPU this waits for nothing, unless a row asks for the
+        log-probabilities of its prompt or has limits that need numbers of the device."""
         began = time.perf_counter()
         reduces = self.comm.traffic.all_reduces
         for row in plan.finished:
@@ -162,7 +170,7 @@ class Worker:
         for new in plan.new:
             self.sampler.add_row(new.row, new.sampling, new.tokens, new.prompt_len)
         if not plan.steps:
-            return StepResult(plan.step, []) if self.rank == 0 else None
+            return self._pending(plan, None, [], began, reduces)
 
         batch = build(plan, self.rows, self.config.block_size, self.device)
         self.attention.begin(batch.attn)
@@ -172,18 +180,18 @@ class Worker:
         if batch.sample_rows:
             logits_SV = self._logits(x_TD, batch.sample_at_S)
             out = self.sampler.sample(logits_SV, batch.sample_rows, batch.sample_positions_S)
-            self.rows.last_R[torch.tensor(batch.sample_rows, device=self.device)] = out.token_ids
+            self.rows.last_R.index_copy_(0, batch.sample_rows_S, out.token_ids)
+        return self._pending(plan, out, scores, began, reduces)
+
+    def _pending(
+        self, plan: StepPlan, out: SampleOutput | None, scores: list[tuple[int, int, TokenLogprobs]],
+        began: float, reduces: int,
+    ) -> PendingStep | None:  # fmt: skip
         if self.rank:
             return None
-        return StepResult(
-            plan.step,
-            list(zip(batch.sample_rows, out.token_ids.tolist(), strict=True)) if out else [],
-            out.logprobs if out else [],
-            scores,
-            out.bad_rows if out else [],
-            time.perf_counter() - began,
-            self.comm.traffic.all_reduces - reduces,
-        )
+        if out is not None:
+            out.depart()
+        return PendingStep(plan.step, out, scores, began, self.comm.traffic.all_reduces - reduces)
 
     def close(self) -> None:
         """Leave the process group."""
