@@ -178,7 +178,7 @@ class Client:
         return word
 
     async def cancel_run(self, run: str) -> None:
-        """Ask for all jobs of a run to end as `cancelled`, those that are still to be submitted among them."""
+        """Ask for all jobs of a run to end as `cancelled`, also those that are still to be submitted."""
         await self._run(self.ledger.cancel_run(run))
 
     async def progress(self, run: str) -> RunProgress:

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from headrace.ledger import Ledger
     from headrace.store import Store
 
-_EPILOG = """A job comes here when it killed an engine or a rank twice, the last time alone; when it failed by a
-fault of the engine's own as often as max_attempts allows; or when its bytes were no job. It has ended, and its
-run adds up; here is what happened, and what it was. Prompts are shown to those who ask with --raw.
+_EPILOG = """A job comes here when it killed an engine or a rank twice, the last time alone; when it failed by
+a fault of the engine's own as often as max_attempts allows; or when its bytes were no job. It has ended, and
+its run adds up; here is what happened, and what it was. Prompts are shown to those who ask with --raw.
 
 examples:
   headrace dlq ls --redis redis://queue:6379 --lane chat
@@ -37,9 +37,9 @@ examples:
   headrace dlq show 1764000000000-0 --lane chat
   headrace dlq show 1764000000000-0 --lane chat --raw > job.json"""
 
-_REDRIVE = """The job is submitted again under its id, without its deadline and with nothing counted against it;
-its run counts it as unfinished again. A sink keeps one row for each job id: one that has written the failed row
-passes the new one over, so let --results name another stream, with a sink of its own.
+_REDRIVE = """The job is submitted again under its id, without its deadline and with nothing counted against
+it; its run counts it as unfinished again. A sink keeps one row for each job id: one that has written the
+failed row passes the new one over, so let --results name another stream, with a sink of its own.
 
 examples:
   headrace dlq redrive 1764000000000-0 --lane chat
@@ -151,9 +151,7 @@ def _purge(args: argparse.Namespace, store: Store, ledger: Ledger, bound: int) -
 
 def _chosen(args: argparse.Namespace, store: Store, ledger: Ledger) -> Iterable[DeadLetter]:
     if bool(args.letters) + bool(args.run) + bool(args.all) != 1:
-        raise CommandError(
-            "name letters, or a run with --run, or --all of the lane: exactly one of the three"
-        )
+        raise CommandError("name letters, or a run with --run, or --all: exactly one of the three")
     letters = {x.letter_id: x for x in store.run(ledger.dead_letters())}
     if not args.letters:
         return [x for x in letters.values() if args.run in (None, x.info.get("run"))]
