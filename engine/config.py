@@ -98,6 +98,7 @@ class EngineConfig:
     ray_address: str | None = None
     num_threads: int | None = None  # CPU threads per rank; None: cores // ranks
     step_timeout_s: float = 120.0  # a step slower than this means a hung rank
+    enforce_eager: bool = False  # no CUDA graphs on a GPU
     device: str = "auto"  # "auto", "cpu" or "cuda"
     load_format: str = "safetensors"  # or "dummy": random weights of the model's shape, for benchmarks
 

@@ -31,6 +31,7 @@ from engine.request import TokenLogprobs
 from engine.sample.output import SampleOutput
 from engine.sample.sampler import Sampler
 from engine.worker.batch import CPU_ROWS, Batch, build
+from engine.worker.graphs import POSITION, ROW, CudaRecorder, DecodeGraphs, DecodingBackend
 from engine.worker.memory import GIB, kv_blocks
 from engine.worker.pending import PendingStep
 from engine.worker.rows import Rows
@@ -57,6 +58,7 @@ class Worker:
         self.max_len = context_length(spec, config)
         self.comm = Comm()
         self.attention: AttentionBackend
+        self.graphs: DecodeGraphs | None = None
 
     def init_device(self) -> None:
         """Device, threads and process group, in an order that matters.
@@ -129,6 +131,18 @@ class Worker:
         self.sampler = Sampler(
             self.comm, self.spec.vocab_size, head.start, head.end, self.config.max_num_seqs, self.device
         )
+        if self.device.type == "cuda" and not self.config.enforce_eager:
+            self._record()
+
+    @torch.inference_mode()
+    def _record(self) -> None:
+        """CUDA graphs of decoding steps, where the backend's can be recorded. Their memory comes out of what
+        --gpu-memory-utilization leaves: hidden states and activations of max_num_seqs tokens."""
+        if isinstance(self.attention, DecodingBackend):
+            began = time.perf_counter()
+            size = self.config.block_size
+            self.graphs = DecodeGraphs(self.model, self.attention, self.rows, size, CudaRecorder())
+            log.info("graphs_recorded rank=%d seconds=%.2f", self.rank, time.perf_counter() - began)
 
     @torch.inference_mode()
     def run_largest_step(self) -> None:
@@ -172,16 +186,35 @@ class Worker:
         if not plan.steps:
             return self._pending(plan, None, [], began, reduces)
 
+        out = self._decode(plan)
+        scores: list[tuple[int, int, TokenLogprobs]] = []
+        if out is None:
+            out, scores = self._compute(plan)
+        return self._pending(plan, out, scores, began, reduces)
+
+    def _decode(self, plan: StepPlan) -> SampleOutput | None:
+        """A decoding step by its graph; None where there is none for it."""
+        x_BD = None if self.graphs is None else self.graphs.run(plan.steps)
+        if self.graphs is None or x_BD is None:
+            return None
+        rows = [s.row for s in plan.steps]
+        logits_SV = self.model.logits(x_BD[: len(rows)])
+        out = self.sampler.sample(logits_SV, rows, self.graphs.sent(POSITION, len(rows)) + 1)
+        self.rows.last_R.index_copy_(0, self.graphs.sent(ROW, len(rows)), out.token_ids)
+        return out
+
+    def _compute(self, plan: StepPlan) -> tuple[SampleOutput | None, list[tuple[int, int, TokenLogprobs]]]:
+        """Any step, launch by launch: (samples, log-probabilities of prompt tokens)."""
         batch = build(plan, self.rows, self.config.block_size, self.device)
         self.attention.begin(batch.attn)
         x_TD = self.model.forward(batch.ids_T, batch.positions_T, batch.prompt_lens_T, self.attention)
         scores = self._score(batch, x_TD) if len(batch.score_rows) else []
-        out = None
-        if batch.sample_rows:
-            logits_SV = self._logits(x_TD, batch.sample_at_S)
-            out = self.sampler.sample(logits_SV, batch.sample_rows, batch.sample_positions_S)
-            self.rows.last_R.index_copy_(0, batch.sample_rows_S, out.token_ids)
-        return self._pending(plan, out, scores, began, reduces)
+        if not batch.sample_rows:
+            return None, scores
+        logits_SV = self._logits(x_TD, batch.sample_at_S)
+        out = self.sampler.sample(logits_SV, batch.sample_rows, batch.sample_positions_S)
+        self.rows.last_R.index_copy_(0, batch.sample_rows_S, out.token_ids)
+        return out, scores
 
     def _pending(
         self, plan: StepPlan, out: SampleOutput | None, scores: list[tuple[int, int, TokenLogprobs]],
