@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import time
+from typing import TypeVar
 
 from engine.config import EngineConfig, ModelSpec
 from engine.exec.echo import EchoExecutor, echo_spec
@@ -21,6 +22,9 @@ from engine.service import Service
 from headrace.cli.child import die_with_parent
 from headrace.cli.common import log_to_stderr
 from headrace.settings import Settings
+from headrace.store import Call, Store
+
+T = TypeVar("T")
 
 VOCAB = 256
 DEADLY, HANGING = 250, 251
@@ -29,13 +33,39 @@ DEADLY, HANGING = 250, 251
 class ChaosExecutor(EchoExecutor):
     """The echo model with two bad prompts."""
 
+    die_at: str | None = None
+
     def submit(self, plan: StepPlan) -> None:
+        if self.die_at == "before-first-token" and plan.new and plan.step > 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.die_at == "mid-decode" and plan.step > 40:
+            os.kill(os.getpid(), signal.SIGKILL)
         for new in plan.new:
             if DEADLY in new.tokens:
                 os.kill(os.getpid(), signal.SIGKILL)
             if HANGING in new.tokens:
                 time.sleep(3600)
         super().submit(plan)
+
+
+def die_around(script: str, after: bool, nth: int = 3) -> None:
+    """Kill this process at the nth call of a ledger script: before it is sent, or after its reply."""
+    send, calls = Store._send, iter(range(1, 1 << 30))
+
+    def deadly(self: Store, call: Call[T]) -> T:
+        mine = call.script is not None and call.script.name == script and next(calls) == nth
+        if mine and not after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        reply = send(self, call)
+        if mine and after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return reply
+
+    Store._send = deadly  # type: ignore[method-assign]
+
+
+#: Where an engine can be told to kill itself, once.
+DIE_AT = ("after-lease", "before-first-token", "mid-decode", "before-finish", "after-finish")
 
 
 def main() -> int:
@@ -48,8 +78,12 @@ def main() -> int:
     parser.add_argument("--drain-s", type=float, default=5.0)
     parser.add_argument("--spool", default="")
     parser.add_argument("--max-attempts", type=int, default=5)
+    parser.add_argument("--die-at", choices=DIE_AT)
     args = parser.parse_args()
     die_with_parent()
+    if args.die_at in ("after-lease", "before-finish", "after-finish"):
+        when, name = args.die_at.split("-")
+        die_around(name, after=when == "after")
     log_to_stderr()
     config = EngineConfig(
         model="echo", max_num_seqs=args.rows, max_num_batched_tokens=2048, num_kv_blocks=8192,
@@ -61,7 +95,9 @@ def main() -> int:
     )  # fmt: skip
 
     def build(config: EngineConfig, spec: ModelSpec) -> ChaosExecutor:
-        return ChaosExecutor(config, step_seconds=args.step_ms / 1000)
+        executor = ChaosExecutor(config, step_seconds=args.step_ms / 1000)
+        executor.die_at = args.die_at
+        return executor
 
     service = Service(config, echo_spec(VOCAB, 4096), settings, build)
     for sig in (signal.SIGTERM, signal.SIGINT):

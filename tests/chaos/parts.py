@@ -19,6 +19,8 @@ from headrace.embedded import _binary
 from headrace.messages import Job
 
 ROOT = Path(__file__).parents[2]
+#: Stands in every job of a chaos run, and must stand in no log.
+CANARY = "hr-canary-4711"
 
 
 def server_binary(name: str) -> str | None:
