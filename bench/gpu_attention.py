@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from engine.attn.base import AttentionBackend, AttnShape, AttnStep, choose
+from engine.attn.cpu_paged import CpuPagedBackend
 from engine.attn.sdpa import SdpaBackend
 
 BLOCK = 16
@@ -82,8 +83,11 @@ def _attend(
 
 def fill(backend: AttentionBackend, step: AttnStep, caches: tuple[torch.Tensor, torch.Tensor]) -> None:
     backend.allocate(caches[0].shape[0])
-    backend.cache.k[0].copy_(caches[0])
-    backend.cache.v[0].copy_(caches[1])
+    if isinstance(backend, CpuPagedBackend):  # its cache has a layout of its own
+        backend.store(0, *(c.flatten(0, 1) for c in caches), torch.arange(caches[0].shape[0] * BLOCK))
+    else:
+        backend.cache.k[0].copy_(caches[0])
+        backend.cache.v[0].copy_(caches[1])
     backend.begin(step)
 
 

@@ -21,8 +21,13 @@ from pathlib import Path
 log = logging.getLogger(__name__)
 
 _ENGINE = Path(__file__).resolve().parent.parent
-SOURCES = (_ENGINE / "cpu" / "ops.cpp", _ENGINE / "cpu" / "gemm.cpp", _ENGINE / "attn" / "cpu_paged.cpp")
-HEADERS = (_ENGINE / "cpu" / "vec.h",)
+SOURCES = (
+    _ENGINE / "cpu" / "ops.cpp",
+    _ENGINE / "cpu" / "gemm.cpp",
+    _ENGINE / "attn" / "cpu_heads.cpp",
+    _ENGINE / "attn" / "cpu_paged.cpp",
+)
+HEADERS = (_ENGINE / "cpu" / "vec.h", _ENGINE / "attn" / "cpu_cache.h")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-fPIC", "-Wno-psabi")
 #: A compilation takes 2 s of CPU time; a minute means that the machine has come to a stop.
 COMPILE_TIMEOUT_S = 120.0
@@ -95,9 +100,10 @@ def _build(compiler: str, path: Path) -> None:
     """Compile beside `path` and move it there, so that ranks that build at once do not meet half a file."""
     openmp = _openmp()
     with tempfile.TemporaryDirectory(dir=path.parent, prefix="building-") as work:
+        flags = [*FLAGS, *(f"-I{header.parent}" for header in HEADERS)]
         objects = [os.path.join(work, f"{source.stem}.o") for source in SOURCES]
         for source, target in zip(SOURCES, objects, strict=True):
-            _run([compiler, *FLAGS, f"-I{HEADERS[0].parent}", "-c", str(source), "-o", target])
+            _run([compiler, *flags, "-c", str(source), "-o", target])
         made = os.path.join(work, path.name)
         _run([compiler, "-shared", *objects, str(openmp) if openmp else "-fopenmp", "-o", made])
         os.replace(made, path)

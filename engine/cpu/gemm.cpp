@@ -28,21 +28,6 @@ constexpr int LINE = 64;    // bytes
 enum Finish { PLAIN = 0, SILU_MUL = 1 };
 
 template <typename T>
-constexpr int side() {
-  return 4 / sizeof(T);
-}
-
-inline vf multiply(vf sum, const float* x, const float* w) { return sum + broadcast(*x) * load(w); }
-
-#ifdef __AVX512BF16__
-inline vf multiply(vf sum, const bf16* x, const bf16* w) {
-  int32_t pair;
-  std::memcpy(&pair, x, 4);
-  return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(pair), (__m512bh)_mm512_loadu_si512(w));
-}
-#endif
-
-template <typename T>
 struct Product {
   void* y;           // T, or float for partial sums
   const T* x;

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from engine.cpu.kernels import NAMES, kernel
+from engine.cpu.memory import zeros
 
 #: Outputs of a panel of the packed weight (`gemm.cpp`).
 PANEL = 64
@@ -62,7 +63,7 @@ class Panels:
             bias_O = None if bias_O is None else bias_O[order]
         weight_OI = weight_OI.contiguous()
         padded = -(-outputs // PANEL) * PANEL
-        packed = torch.empty(padded * inputs, dtype=weight_OI.dtype)
+        packed = zeros((padded * inputs,), weight_OI.dtype)
         pack(packed.data_ptr(), weight_OI.data_ptr(), outputs, inputs, torch.get_num_threads())
         if bias_O is not None:
             bias_O = torch.nn.functional.pad(bias_O, (0, padded - outputs)).contiguous()

@@ -30,6 +30,25 @@ void rms_norm(T* out, const T* x, const T* weight, int64_t outer, int64_t inner,
   }
 }
 
+// sums = x + delta, out = weight * round(sums / rms); all [rows, cols] contiguous.
+template <typename T>
+void add_rms_norm(T* sums, T* out, const T* x, const T* delta, const T* weight, int64_t rows, int64_t cols,
+                  float eps, int threads) {
+#pragma omp parallel for num_threads(threads) if (rows * cols > PARALLEL)
+  for (int64_t row = 0; row < rows; row++) {
+    T* to = sums + row * cols;
+    vf squares = {};
+    for (int64_t c = 0; c < cols; c += LANES) {
+      vf a = round_as(to, load(x + row * cols + c) + load(delta + row * cols + c));
+      store(to + c, a);
+      squares += a * a;
+    }
+    const float scale = 1.0f / std::sqrt(sum(squares) / float(cols) + eps);
+    for (int64_t c = 0; c < cols; c += LANES)
+      store(out + row * cols + c, load(weight + c) * round_as(out, load(to + c) * scale));
+  }
+}
+
 // Rotates the first 2 * half elements of every head, x [tokens, heads, head_dim] by token stride, cos and
 // sin [tokens, half]; out is contiguous.
 template <typename T>
@@ -70,6 +89,10 @@ using namespace headrace;
   extern "C" void headrace_rms_norm_##NAME(T* out, const T* x, const T* weight, int64_t outer, int64_t inner,   \
                                            int64_t cols, int64_t stride, float eps, int threads) {              \
     rms_norm(out, x, weight, outer, inner, cols, stride, eps, threads);                                         \
+  }                                                                                                             \
+  extern "C" void headrace_add_rms_norm_##NAME(T* sums, T* out, const T* x, const T* delta, const T* weight,      \
+                                               int64_t rows, int64_t cols, float eps, int threads) {            \
+    add_rms_norm(sums, out, x, delta, weight, rows, cols, eps, threads);                                        \
   }                                                                                                             \
   extern "C" void headrace_rotate_##NAME(T* out, const T* x, const float* cos, const float* sin,                \
                                          int64_t tokens, int64_t heads, int64_t head_dim, int64_t half,         \

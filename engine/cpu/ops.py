@@ -32,6 +32,24 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor 
     return out
 
 
+def add_rms_norm(
+    x_TD: torch.Tensor, delta_TD: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """(x + delta, the RMSNorm of that sum)."""
+    cols = x_TD.shape[-1]
+    if x_TD.device.type != "cpu" or cols % LANES or not x_TD.dtype == delta_TD.dtype == weight.dtype:
+        return None
+    run = kernel("add_rms_norm", x_TD.dtype)
+    if run is None or not (x_TD.is_contiguous() and delta_TD.is_contiguous()):
+        return None
+    total_TD, out_TD = torch.empty_like(x_TD), torch.empty_like(x_TD)
+    run(
+        total_TD.data_ptr(), out_TD.data_ptr(), x_TD.data_ptr(), delta_TD.data_ptr(), weight.data_ptr(),
+        x_TD.shape[0], cols, eps, torch.get_num_threads(),
+    )  # fmt: skip
+    return total_TD, out_TD
+
+
 def rotate(x_TNH: torch.Tensor, cos_T1R: torch.Tensor, sin_T1R: torch.Tensor) -> torch.Tensor | None:
     """Rotates pairs (i, i + R) of each head by float32 angles; dimensions from 2R on are copied."""
     tokens, heads, head_dim = x_TNH.shape

@@ -63,11 +63,46 @@ inline void store(bf16* p, vf x) {
 inline vf round_as(const float*, vf x) { return x; }
 inline vf round_as(const bf16*, vf x) { return (vf)(__builtin_convertvector(narrow(x), vu) << 16); }
 
+// One element, as a float and back.
+inline float single(float x) { return x; }
+inline float single(bf16 x) {
+  const uint32_t bits = uint32_t(x.bits) << 16;
+  float f;
+  std::memcpy(&f, &bits, 4);
+  return f;
+}
+inline float rounded(const float*, float x) { return x; }
+inline bf16 rounded(const bf16*, float x) { return {narrow(x - vf{})[0]}; }
+
 inline vf broadcast(float x) { return x - vf{}; }
+
+// Elements that one broadcast multiplies at once: S of an input lie beside each other.
+template <typename T>
+constexpr int side() {
+  return 4 / sizeof(T);
+}
+
+// sum + x[0..S) . w[.., 0..S) for 16 outputs: one broadcast piece times one vector.
+inline vf multiply(vf sum, const float* x, const float* w) { return sum + broadcast(*x) * load(w); }
+
+inline vf multiply(vf sum, const bf16* x, const bf16* w) {
+#ifdef __AVX512BF16__
+  int32_t pair;
+  std::memcpy(&pair, x, 4);
+  return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(pair), (__m512bh)_mm512_loadu_si512(w));
+#else
+  vu both;
+  std::memcpy(&both, w, sizeof both);
+  return sum + broadcast(single(x[0])) * (vf)(both << 16) + broadcast(single(x[1])) * (vf)(both & 0xffff0000u);
+#endif
+}
 
 inline vf max(vf a, vf b) { return a > b ? a : b; }
 
 inline float sum(vf x) {
+#ifdef __AVX512F__
+  return _mm512_reduce_add_ps((__m512)x);  // the same tree
+#endif
   float s[LANES];
   std::memcpy(s, &x, sizeof s);
   for (int half = LANES / 2; half; half /= 2)
@@ -76,6 +111,9 @@ inline float sum(vf x) {
 }
 
 inline float max(vf x) {
+#ifdef __AVX512F__
+  return _mm512_reduce_max_ps((__m512)x);
+#endif
   float s[LANES];
   std::memcpy(s, &x, sizeof s);
   for (int half = LANES / 2; half; half /= 2)

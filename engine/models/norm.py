@@ -30,6 +30,8 @@ class RMSNorm:
         """(x + delta, the norm of that sum): the residual stream and a layer's input."""
         if delta_TD is None:
             return x_TD, self(x_TD)
+        if (both := ops.add_rms_norm(x_TD, delta_TD, self.weight, self.eps)) is not None:
+            return both
         if (both := gpu_ops.add_rms_norm(x_TD, delta_TD, self.weight, self.eps)) is not None:
             return both
         x_TD = x_TD + delta_TD

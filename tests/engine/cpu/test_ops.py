@@ -38,6 +38,18 @@ def test_rms_norm(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_adding_before_the_norm_changes_no_bit(dtype):
+    for rows in (1, 70):
+        x, delta = (torch.randn(rows, 1024, dtype=dtype) for _ in range(2))
+        weight = torch.rand(1024).to(dtype)
+        both = ops.add_rms_norm(x, delta, weight, 1e-6)
+        assert both is not None
+        assert torch.equal(both[0], x + delta)
+        assert torch.equal(both[1], ops.rms_norm(x + delta, weight, 1e-6))
+    assert ops.add_rms_norm(x[:, 1:], delta[:, 1:], weight[1:], 1e-6) is None
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("head_dim", "half"), [(64, 32), (128, 64), (96, 16)])
 def test_rotate(dtype, head_dim, half):
     x = torch.randn(11, 9, head_dim, dtype=dtype)[:, 1:6]

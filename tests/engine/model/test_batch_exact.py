@@ -94,9 +94,11 @@ def test_one_token_steps_equal_one_step(worker: drive.Probe) -> None:
         assert difference == 0, f"position {position} differs by {difference}"
 
 
-@pytest.mark.parametrize("block_size", [2, 8, 24])
+@pytest.mark.parametrize("block_size", [2, 8, 24, 32, 48])
 def test_block_size_changes_no_bit(folder: Path, sdpa: bool, block_size: int) -> None:
     expected = alone(drive.worker(folder, num_blocks=1024, sdpa=sdpa), PROMPT)
+    if block_size % 16 and not sdpa:
+        pytest.skip("the kernel keeps groups of 16 tokens")
     worker = drive.worker(folder, num_blocks=1024, block_size=block_size, sdpa=sdpa)
     assert torch.equal(alone(worker, PROMPT), expected)
     driver = drive.Driver(worker, 1024)

@@ -60,8 +60,8 @@ def test_padding_tokens_are_not_stored(folder: Path) -> None:
     driver.enter(0, PROMPT)
     worker.probe(driver.plan({0: 37}))  # padded to 40 tokens
     assert torch.isnan(worker.attention.cache.k[0][0]).all(), "padding was written to the null block"
-    written = sum(int(torch.isfinite(block).all(-1).all(-1).sum()) for block in worker.attention.cache.k[1])
-    assert written == 37
+    token = worker.spec.num_kv_heads * worker.spec.head_dim
+    assert int(torch.isfinite(worker.attention.cache.k[1]).sum()) == 37 * token
 
 
 def test_blocks_are_shared_by_rows_that_name_them(folder: Path) -> None:
