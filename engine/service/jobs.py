@@ -22,11 +22,13 @@ from engine.service.process import build
 from engine.text import complete, failure, prepare
 from engine.tokenizer import Tokenizer
 from headrace.errors import InvalidJob
-from headrace.messages import NAME_PATTERN, VERSION, Completion, ErrorInfo, Job, Status, Timings
+from headrace.messages import NAME_PATTERN, VERSION, Completion, ErrorInfo, Job, Priority, Status, Timings
 from headrace.settings import Settings
 
 log = logging.getLogger("headrace.jobs")
 
+#: Priorities as the core counts them: lower goes first.
+_RANK = {priority: rank for rank, priority in enumerate(Priority)}
 #: Code of what went wrong in the engine and not in the job: it is tried again.
 INTERNAL = "internal_error"
 
@@ -85,6 +87,7 @@ class Jobs:
             # by entry, not by job: after a run was forgotten, two entries may carry one job id
             request.id = f"{held.leased.stream} {held.leased.entry_id} {i}"
             request.salt = (job.tenant or "").encode()  # what a tenant's prompts share, others cannot time
+            request.priority = _RANK[job.priority]
         return held.prepared.requests
 
     def refuse(self, held: Held, error: EngineError) -> None:

@@ -188,8 +188,8 @@ def test_suspects_are_given_to_idle_engines_alone_and_stay_a_group(lane: Lane) -
     busy = lane.lease("busy", 1)
     lane.run(lane.ledger.crashed("dead", lane.lease("dead", 4), {}))
     assert lane.run(lane.ledger.suspect_groups()) == 2
-    lane.submit("fresh")
-    assert ids(lane.lease("busy")) == ["fresh"], "it holds something"
+    lane.submit("fresh", "waits")
+    assert ids(lane.lease("busy", 1)) == ["fresh"], "it holds something"
     half = lane.lease("idle")
     assert ids(half) == ["b", "c"], "and nothing else"
     assert all(one.suspect for one in half)

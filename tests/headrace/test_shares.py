@@ -68,6 +68,13 @@ def test_a_noisy_run_leaves_a_quiet_one_its_share(lane: Lane) -> None:
     assert Counter(one.run for one in served(lane, 40))["quiet"] in range(18, 21)
 
 
+def test_a_run_that_comes_late_has_no_claim_to_what_others_had(lane: Lane) -> None:
+    load(lane, "early", 500)
+    served(lane, 200)
+    load(lane, "late", 200)
+    assert Counter(one.run for one in served(lane, 80))["late"] in range(36, 45)
+
+
 def test_runs_share_tokens_and_not_jobs(lane: Lane) -> None:
     load(lane, "long", 200, tokens=1000)
     load(lane, "short", 1000, tokens=50)

@@ -34,11 +34,13 @@ class FrailExecutor(EchoExecutor):
 class Engine:
     """A running service. `deaths`: how often its ranks were built again."""
 
-    def __init__(self, lane: Lane, folder: Path, rows: int, step_s: float, **settings: Any) -> None:
+    def __init__(
+        self, lane: Lane, folder: Path, rows: int, step_s: float, lookahead: int, **settings: Any
+    ) -> None:
         self.builds = 0
         config = EngineConfig(
             model=str(folder), max_num_seqs=rows, max_num_batched_tokens=1024, num_kv_blocks=4096,
-            block_size=4, lookahead=0,
+            block_size=4, lookahead=lookahead,
         )  # fmt: skip
 
         def build(config: EngineConfig, spec: ModelSpec) -> FrailExecutor:
@@ -72,9 +74,9 @@ class Engine:
 
 @contextlib.contextmanager
 def serving(
-    lane: Lane, folder: Path, *, rows: int = 64, step_s: float = 0.0, **settings: Any
+    lane: Lane, folder: Path, *, rows: int = 64, step_s: float = 0.0, lookahead: int = 0, **settings: Any
 ) -> Iterator[Engine]:
-    engine = Engine(lane, folder, rows, step_s, **settings)
+    engine = Engine(lane, folder, rows, step_s, lookahead, **settings)
     try:
         yield engine
     finally:

@@ -175,3 +175,26 @@ def test_a_fault_of_the_engine_is_tried_again_and_ends_with_a_letter(lane: Lane,
     assert found["j"] == (Status.ERROR, "internal_error")
     (letter,) = lane.run(lane.ledger.dead_letters())
     assert (letter.attempts.errors, letter.attempts.crashes) == (1, 0)
+
+
+def test_an_urgent_job_goes_before_what_the_engine_has_leased_ahead(lane: Lane, tmp_path: Path) -> None:
+    bulk = [ids_job(f"b{i}", [1], 50, priority="bulk") for i in range(30)]
+    lane.run(lane.ledger.submit(bulk, 100))
+    with serving(lane, tmp_path, rows=2, step_s=0.005, lookahead=10) as engine:
+        wait_for(lambda: len(engine.service.desk.held) >= 10)
+        lane.run(lane.ledger.submit([ids_job("urgent", [1], 50, priority="interactive")], 100))
+        wait_for(lambda: lane.run(lane.ledger.progress("r")).ended == 31)
+    assert [c.id for c in lane.results()].index("urgent") <= 6, (
+        "not behind the ten that were leased before it"
+    )
+
+
+def test_tenants_do_not_share_cached_prefixes(lane: Lane, tmp_path: Path) -> None:
+    prompt = list(range(20, 60))
+    with serving(lane, tmp_path):
+        for n, tenant in enumerate(("a", "b", "a"), start=1):
+            lane.run(lane.ledger.submit([ids_job(f"j{n}", prompt, tenant=tenant)], 10))
+            wait_for(lambda n=n: lane.run(lane.ledger.progress("r")).ended == n)
+    cached = {c.id: c.usage.cached_tokens for c in lane.results()}
+    assert (cached["j1"], cached["j2"]) == (0, 0)
+    assert cached["j3"] > 0
