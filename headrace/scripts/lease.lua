@@ -54,6 +54,15 @@ local function forget_index(s)
   for _, member in ipairs(redis.call('ZRANGE', KEYS[5], 0, -1)) do
     if string.sub(member, 1, 2) == s .. ' ' then redis.call('ZREM', KEYS[5], member) end
   end
+  local groups = redis.call('LRANGE', KEYS[6], 0, -1)
+  redis.call('DEL', KEYS[6])
+  for _, suspects in ipairs(groups) do
+    local others = {}
+    for of, id in string.gmatch(suspects, '(%d) (%S+)') do
+      if tonumber(of) ~= s then others[#others + 1] = of .. ' ' .. id end
+    end
+    if #others > 0 then redis.call('RPUSH', KEYS[6], table.concat(others, ' ')) end
+  end
 end
 for s = 1, 3 do
   if left <= 0 then break end

@@ -203,3 +203,11 @@ def test_nobody_is_called_by_the_name_that_held_released_jobs(lane: Lane) -> Non
     lane.run(lane.ledger.release("x", lane.lease("x")))
     assert lane.run(lane.ledger.release_dead("_free")) == 0
     assert ids(lane.lease("y")) == ["a"]
+
+
+def test_a_lease_renewed_while_the_sweep_looked_is_not_taken(lane: Lane) -> None:
+    lane.submit("a")
+    (held,) = lane.lease("x")
+    stale = lane.ledger._crash("x", [(2, held.entry_id)], 30_000, {})  # as `reclaim` sends it
+    assert lane.run(stale) == 0
+    assert lane.run(lane.ledger.renew("x", [held])) == []

@@ -8,7 +8,7 @@ from collections import Counter
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
 from headrace.keys import GROUP
 from headrace.leases import PROOF
@@ -95,6 +95,10 @@ class LedgerMachine(RuleBasedStateMachine):
     def behind(self, priority: Priority) -> bool:
         unread = any(o == UNREAD and priority_of(n) is priority for n, o in self.owner.items())
         return unread or priority in self.groupless
+
+    @initialize(n=st.integers(0, 12))
+    def some_jobs(self, n: int) -> None:
+        self.submit([f"j{i}" for i in range(n)], 100)
 
     @rule(names=st.lists(JOBS, max_size=4), bound=st.sampled_from([3, 100]))
     def submit(self, names: list[str], bound: int) -> None:

@@ -100,8 +100,11 @@ def test_within_a_run_submit_order_stays_whatever_comes_back(lane: Lane) -> None
     load(lane, "r", 30)
     first = lane.lease("x", 10)
     second = lane.lease("y", 10)
-    lane.run(lane.ledger.release("y", second[5:]))
     lane.run(lane.ledger.release("x", first))
+    again = lane.lease("w", 1)
+    assert ids(again) == ["r-0"], "the others of its ten are back in line now"
+    lane.run(lane.ledger.release("y", second[5:]))
+    lane.run(lane.ledger.release("w", again))
     lane.run(lane.ledger.release("y", second[:5]))
     assert ids(lane.lease("z", 30)) == [f"r-{i}" for i in range(30)]
 

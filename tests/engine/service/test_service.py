@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 
 from engine.service.process import identity
 from headrace.errors import StoreUnavailable
-from headrace.messages import Priority, Status
+from headrace.messages import Completion, Priority, Status
 from tests.engine.service.build import ids_job, serving, wait_for
 from tests.headrace.servers import Lane
 
@@ -22,6 +23,10 @@ def ended(lane: Lane, n: int = 1) -> dict[str, tuple[Status, str]]:
     """Waits for so many ends: id -> status and error code."""
     wait_for(lambda: lane.run(lane.ledger.progress("r")).ended >= n)
     return {c.id: (c.status, c.error.code if c.error else "") for c in lane.results()}
+
+
+def all_results(lane: Lane) -> list[dict[bytes, bytes]]:
+    return [fields for _, fields in lane.redis.xrange(lane.ledger.keys.results(None))]
 
 
 def running(lane: Lane) -> bool:
@@ -40,6 +45,9 @@ def test_a_deadline_ends_waiting_and_running_jobs_as_expired(lane: Lane, tmp_pat
     assert found["late"] == found["slow"] == (Status.EXPIRED, "deadline_exceeded")
     assert found["fine"] == (Status.OK, "")
     assert lane.run(lane.ledger.progress("r")).expired == 2
+    tokens = {Completion.parse(f[b"m"]).id: Completion.parse(f[b"m"]).usage for f in all_results(lane)}
+    assert tokens["late"].prompt_tokens == 0, "it was never run"
+    assert tokens["slow"].completion_tokens > 0
 
 
 def test_deadlines_are_judged_by_the_servers_clock(lane: Lane, tmp_path: Path) -> None:
@@ -89,15 +97,20 @@ def test_a_job_cancelled_at_its_last_moment_still_ends_as_cancelled(lane: Lane, 
 
 
 def test_a_cancelled_run_ends_whole(lane: Lane, tmp_path: Path) -> None:
-    lane.run(lane.ledger.submit([ids_job(f"j{i}", [1], **LONG) for i in range(300)], 1000))
-    lane.run(lane.ledger.submit([ids_job("other", [1], run="s")], 1000))
-    with serving(lane, tmp_path, rows=4, step_s=0.01):
-        wait_for(lambda: running(lane))
+    """What runs, what comes later, and what waits: that without a turn, though every row is another run's."""
+    lane.run(lane.ledger.submit([ids_job("mine", [1], **LONG, priority="interactive")], 1000))
+    others = [ids_job(f"s{i}", [1], **LONG, run="s", priority="interactive") for i in range(9)]
+    lane.run(lane.ledger.submit(others, 1000))
+    with serving(lane, tmp_path, rows=4, step_s=0.01) as engine:
+        wait_for(lambda: running(lane) and len(engine.service.desk.held) == 6)
+        lane.run(lane.ledger.submit([ids_job(f"j{i}", [1], **LONG) for i in range(300)], 1000))
         assert lane.run(lane.ledger.cancel_run("r")) == ["cancelling"]
-        wait_for(lambda: lane.run(lane.ledger.progress("r")).cancelled == 300)
-        lane.run(lane.ledger.submit([ids_job("after", [1])], 1000))
         wait_for(lambda: lane.run(lane.ledger.progress("r")).cancelled == 301)
-        wait_for(lambda: lane.run(lane.ledger.progress("s")).ok == 1)
+        assert lane.run(lane.ledger.progress("s")).ended == 0
+        assert lane.run(lane.ledger.cancel_run("s")) == ["cancelling"]
+        wait_for(lambda: lane.run(lane.ledger.progress("s")).cancelled == 9)
+        lane.run(lane.ledger.submit([ids_job("after", [1])], 1000))
+        wait_for(lambda: lane.run(lane.ledger.progress("r")).cancelled == 302)
 
 
 def test_a_full_result_stream_holds_up_its_own_run_alone(lane: Lane, tmp_path: Path) -> None:
@@ -198,3 +211,22 @@ def test_tenants_do_not_share_cached_prefixes(lane: Lane, tmp_path: Path) -> Non
     cached = {c.id: c.usage.cached_tokens for c in lane.results()}
     assert (cached["j1"], cached["j2"]) == (0, 0)
     assert cached["j3"] > 0
+
+
+@pytest.mark.parametrize(
+    "params",
+    [{"n": 100_000}, {"max_tokens": 1 << 40}, {"temperature": -1}, {"logprobs": 10_000}, {"seed": 1 << 70},
+     {"stop": ["s"] * 1000}, {"logit_bias": {"-1": 1}}, {"top_p": "1"}],
+    ids=lambda p: next(iter(p)),
+)  # fmt: skip
+def test_ceilings_hold_for_what_did_not_come_through_a_client(
+    lane: Lane, tmp_path: Path, params: dict[str, object]
+) -> None:
+    raw = {"v": 1, "id": "j", "run": "r", "lane": "test", "kind": "completion", "prompt_token_ids": [1]}
+    lane.redis.xadd(lane.ledger.keys.jobs(Priority.NORMAL), {"m": json.dumps(raw | {"params": params})})
+    lane.run(lane.ledger.submit([ids_job("good", [1])], 10))
+    with serving(lane, tmp_path):
+        found = ended(lane, 2)
+    assert found["good"] == (Status.OK, "")
+    assert found["j"][0] is Status.ERROR
+    assert found["j"][1] in ("invalid_job", "invalid_json")
