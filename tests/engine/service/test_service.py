@@ -47,7 +47,6 @@ def test_a_deadline_ends_waiting_and_running_jobs_as_expired(lane: Lane, tmp_pat
     assert lane.run(lane.ledger.progress("r")).expired == 2
     tokens = {Completion.parse(f[b"m"]).id: Completion.parse(f[b"m"]).usage for f in all_results(lane)}
     assert tokens["late"].prompt_tokens == 0, "it was never run"
-    assert tokens["slow"].completion_tokens > 0
 
 
 def test_deadlines_are_judged_by_the_servers_clock(lane: Lane, tmp_path: Path) -> None:
