@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: help setup demo test lint format bench gpu-check redis clean
+.PHONY: help setup demo test lint format bench chaos chaos-full gpu-check redis clean
 
 help:           ## this list
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/' | expand -t 18
@@ -41,6 +41,16 @@ format: $(READY) ## let ruff mend what it can
 bench: $(READY) ## ledger and engine benchmarks on the demo model; one JSON line each
 	$(BIN)/python bench/queue.py
 	$(BIN)/python bench/engine.py --model examples/demo_model --workload W1
+
+chaos: $(READY) redis ## the five-minute chaos lane: processes, servers and lines broken; nothing lost, nothing twice
+	$(BIN)/python -m tests.chaos.run --out bench/results/chaos.json
+	$(BIN)/python -m tests.chaos.real --rows 1000 --faults rank,hang --most 2 --out bench/results/chaos.json
+
+chaos-full: $(READY) redis ## every cell of the fault matrix, on both servers
+	$(BIN)/python -m tests.chaos.run --full --out bench/results/chaos-full.json
+	$(BIN)/python -m tests.chaos.run --full --server redis-7.0 --out bench/results/chaos-full.json
+	$(BIN)/python -m tests.chaos.real --out bench/results/chaos-full.json
+	$(BIN)/python -m pytest tests/chaos/test_guards.py
 
 gpu-check:      ## checks and times the GPU code on a bare machine (torch, triton, transformers, safetensors, msgpack)
 	$(PYTHON) bench/gpu_check.py

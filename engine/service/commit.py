@@ -38,6 +38,8 @@ def commit_left_behind(desk: Desk) -> None:
         return
     try:
         for dead, items in left_behind(desk.spool.path.parent):
+            if not items:
+                continue
             states = desk.store.run(desk.ledger.finish(dead, items))
             done = states.count("done")
             fenced = len(states) - done

@@ -34,12 +34,15 @@ class ChaosExecutor(EchoExecutor):
     """The echo model with two bad prompts."""
 
     die_at: str | None = None
+    hang_at: int | None = None
 
     def submit(self, plan: StepPlan) -> None:
         if self.die_at == "before-first-token" and plan.new and plan.step > 5:
             os.kill(os.getpid(), signal.SIGKILL)
         if self.die_at == "mid-decode" and plan.step > 40:
             os.kill(os.getpid(), signal.SIGKILL)
+        if self.hang_at is not None and plan.step >= self.hang_at:
+            time.sleep(3600)
         for new in plan.new:
             if DEADLY in new.tokens:
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -79,6 +82,7 @@ def main() -> int:
     parser.add_argument("--spool", default="")
     parser.add_argument("--max-attempts", type=int, default=5)
     parser.add_argument("--die-at", choices=DIE_AT)
+    parser.add_argument("--hang-at", type=int, help="step from which the ranks answer no more")
     args = parser.parse_args()
     die_with_parent()
     if args.die_at in ("after-lease", "before-finish", "after-finish"):
@@ -96,7 +100,7 @@ def main() -> int:
 
     def build(config: EngineConfig, spec: ModelSpec) -> ChaosExecutor:
         executor = ChaosExecutor(config, step_seconds=args.step_ms / 1000)
-        executor.die_at = args.die_at
+        executor.die_at, executor.hang_at = args.die_at, args.hang_at
         return executor
 
     service = Service(config, echo_spec(VOCAB, 4096), settings, build)
