@@ -88,7 +88,7 @@ class Worker:
         began = time.perf_counter()
         plan = shards_of(self.spec, Cut(self.rank, self.world))
         if self.config.load_format == "dummy":
-            tensors = dummy_shards(plan, self.dtype, self.config.seed + self.rank)
+            tensors = dummy_shards(plan, self.dtype, self.config.seed + self.rank, self.device)
         else:
             with Checkpoint(self.config.model) as checkpoint:
                 tied = HEAD if self.spec.tie_embeddings else None

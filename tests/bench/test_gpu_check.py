@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from bench import gpu_check
+from bench.roofline import Rates, seconds
 
 SCRIPT = Path(gpu_check.__file__)
 #: Packages that a bare GPU machine lacks.
@@ -43,7 +44,12 @@ def test_a_bare_machine_runs_every_check_and_timing() -> None:
     assert all(line["ok"] for line in out if "ok" in line)
     assert out[-1]["failed"] == []
     assert out[-1]["checks"] == sum("check" in line for line in out) >= 19
-    assert {line["timing"] for line in out if "timing" in line} == {"attention of one layer", "engine"}
+    assert {line["timing"] for line in out if "timing" in line} == {
+        "attention of one layer", "machine", "nano-vllm workload",
+    }  # fmt: skip
+    engines = {line["engine"] for line in out if line.get("timing") == "nano-vllm workload"}
+    assert engines == {"headrace", "headrace without graphs", "transformers continuous batching"}
+    assert all(line["share_of_roofline"] > 0 for line in out if "engine" in line)
 
 
 def test_a_wrong_id_is_found(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -87,6 +93,41 @@ def test_a_wrong_kernel_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     assert error_with(lambda backend, attend, *args: attend(*args) * 1.001) > 1e-4
     assert error_with(unwritten) == float("inf")
     assert error_with(foreign) == float("inf"), "block 0 is never written"
+
+
+def test_what_does_not_fit_into_the_time_is_skipped_aloud(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for module, name in ((gpu_check.gpu_attention, "checks"), (gpu_check.gpu_attention, "timings")):
+        monkeypatch.setattr(module, name, lambda *_: iter(()))
+    monkeypatch.setattr(gpu_check, "model_checks", lambda *_: iter(()))
+    assert gpu_check.main(["--device", "cpu", "--quick", "--minutes", "0"]) == 0
+    skipped = [line["engine"] for line in lines(capsys.readouterr().out) if "skipped" in line]
+    assert len(skipped) == 3
+
+
+def test_the_workload_is_nano_vllms() -> None:
+    rows = gpu_check.gpu_engine.nano_vllm()
+    assert sum(len(r.prompt) for r in rows) == 142_827
+    assert sum(r.sampling["max_tokens"] for r in rows) == 133_966
+
+
+def test_the_roofline_counts_bytes_and_products() -> None:
+    config = {
+        "num_hidden_layers": 2, "hidden_size": 10, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "head_dim": 5, "intermediate_size": 20, "vocab_size": 100,
+    }  # fmt: skip
+    layers, head, kv = 2 * (10 * 5 * 12 + 3 * 10 * 20), 100 * 10, 2 * 2 * 2 * 5 * 2
+    slow_memory = Rates(1.0, 1e30)
+    step_bytes = 2 * (layers + head)
+    assert seconds(config, [(7, 1)], slow_memory) == pytest.approx(0, abs=1e-20), "no decoding step"
+    assert seconds(config, [(7, 3)], slow_memory) == pytest.approx(2 * step_bytes + kv * (8 + 9))
+    assert seconds(config, [(7, 2), (4, 3)], slow_memory) == pytest.approx(2 * step_bytes + kv * (8 + 5 + 6))
+    pairs = 4 * 2 * 4 * 5
+    prompt = 2 * layers * 7 + 2 * head + pairs * 28
+    assert seconds(config, [(7, 2)], Rates(1e30, 1.0)) == pytest.approx(
+        prompt + 2 * (layers + head) + pairs * 8
+    )
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
