@@ -89,6 +89,7 @@ def _timed(engine: Engine, spec: ModelSpec, rows: list[Row], args: argparse.Name
         "model": os.path.basename(os.path.normpath(args.model)),
         "workload": args.workload or os.path.basename(args.workload_file),
         "dtype": args.dtype,
+        "quantization": args.quantization,
         "tensor_parallel_size": args.tensor_parallel_size,
         "executor": engine.config.executor,
         "seconds": round(seconds, 3),
@@ -122,6 +123,7 @@ def _config(args: argparse.Namespace) -> EngineConfig:
     return EngineConfig(
         model=args.model,
         dtype=args.dtype,
+        quantization=args.quantization,
         executor=executor,
         tensor_parallel_size=args.tensor_parallel_size,
         max_model_len=args.max_model_len,
@@ -146,6 +148,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--tensor-parallel-size", type=int, default=1, metavar="N")
     parser.add_argument("--executor", choices=("inproc", "ray"), help="default: ray above one rank")
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--quantization", choices=("int8",))
     parser.add_argument("--device", default="auto")
     parser.add_argument("--load-format", default="safetensors", choices=("safetensors", "dummy"))
     parser.add_argument("--max-model-len", type=int, default=1024)

@@ -16,6 +16,8 @@ from engine.errors import ConfigError
 
 #: dtype names of `--dtype`; "auto" takes the checkpoint's own.
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+#: forms of weights of `--quantization`.
+QUANTIZATIONS = (None, "int8")
 #: executors of `--executor`.
 EXECUTORS = ("inproc", "ray")
 #: Block 0 of every KV pool is the null block: padding writes land there and nobody reads it.
@@ -98,6 +100,7 @@ class EngineConfig:
     ray_address: str | None = None
     num_threads: int | None = None  # CPU threads per rank; None: cores // ranks
     step_timeout_s: float = 120.0  # a step slower than this means a hung rank
+    quantization: str | None = None  # "int8": W8A8 on CPUs; None: the weights as they are
     enforce_eager: bool = False  # no CUDA graphs on a GPU
     device: str = "auto"  # "auto", "cpu" or "cuda"
     load_format: str = "safetensors"  # or "dummy": random weights of the model's shape, for benchmarks
@@ -117,6 +120,10 @@ class EngineConfig:
             raise ConfigError(f"--lookahead {self.lookahead} must be 0 (first come, first served) or more.")
         if self.dtype not in DTYPES:
             raise ConfigError(f"--dtype {self.dtype} is not one of {', '.join(DTYPES)}.")
+        if self.quantization not in QUANTIZATIONS:
+            raise ConfigError(
+                f"--quantization {self.quantization} is not one of {', '.join(filter(None, QUANTIZATIONS))}."
+            )
         if self.executor not in EXECUTORS:
             raise ConfigError(f"--executor {self.executor} is not one of {', '.join(EXECUTORS)}.")
         if self.executor == "inproc" and self.tensor_parallel_size > 1:

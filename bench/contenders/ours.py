@@ -23,12 +23,14 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--tensor-parallel-size", type=int, default=1)
+    parser.add_argument("--quantization", choices=("int8",))
     parser.add_argument("--max-num-seqs", type=int, default=64)
     args = parser.parse_args()
     out = own_stdout()
     config = EngineConfig(
         model=args.model,
         dtype=args.dtype,
+        quantization=args.quantization,
         tensor_parallel_size=args.tensor_parallel_size,
         executor="inproc" if args.tensor_parallel_size == 1 else "ray",
         max_model_len=1024,

@@ -57,18 +57,16 @@ class Panels:
         pack = kernel("pack", weight_OI.dtype)
         if pack is None:
             return None
-        if gated:  # a panel holds half a panel of gates and the ups that belong to them
-            order = torch.arange(outputs).view(2, -1, PANEL // 2).transpose(0, 1).flatten()
+        if gated:
+            order = gated_order(outputs)
             weight_OI = weight_OI[order]
             bias_O = None if bias_O is None else bias_O[order]
         weight_OI = weight_OI.contiguous()
         padded = -(-outputs // PANEL) * PANEL
         packed = zeros((padded * inputs,), weight_OI.dtype)
         pack(packed.data_ptr(), weight_OI.data_ptr(), outputs, inputs, torch.get_num_threads())
-        if bias_O is not None:
-            bias_O = torch.nn.functional.pad(bias_O, (0, padded - outputs)).contiguous()
         return cls(
-            packed, bias_O, outputs // 2 if gated else outputs, inputs,
+            packed, padded_bias(bias_O, padded), outputs // 2 if gated else outputs, inputs,
             Finish.SILU_MUL if gated else Finish.PLAIN, 1 if inputs % (parts * side) else parts,
         )  # fmt: skip
 
@@ -93,3 +91,15 @@ class Panels:
             out_TI.data_ptr(), self.weight.data_ptr(), ids_T.data_ptr(), ids_T.shape[0], self.inputs
         )
         return out_TI
+
+
+def gated_order(outputs: int) -> torch.Tensor:
+    """Rows in the order of panels: half a panel of gates, then the ups that belong to them."""
+    return torch.arange(outputs).view(2, -1, PANEL // 2).transpose(0, 1).flatten()
+
+
+def padded_bias(bias_O: torch.Tensor | None, padded: int) -> torch.Tensor | None:
+    """The bias with zeros up to whole panels."""
+    if bias_O is None:
+        return None
+    return torch.nn.functional.pad(bias_O, (0, padded - bias_O.shape[0])).contiguous()

@@ -14,6 +14,7 @@ from engine.cpu.build import library
 LANES = 16
 #: The dtypes that kernels are built for, as their names end.
 NAMES = {torch.float32: "f32", torch.bfloat16: "bf16"}
+_SUFFIX = NAMES | {torch.int8: "i8"}
 
 _POINTER, _INT64, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 _ARGUMENTS: dict[str, list[Any]] = {
@@ -25,6 +26,7 @@ _ARGUMENTS: dict[str, list[Any]] = {
     "store": [_POINTER] * 5 + [_INT64] * 4 + [_INT] * 4,
     "attend": [_POINTER] * 8 + [_INT64] * 5 + [_INT] * 6 + [_FLOAT, _INT],
     "pack": [_POINTER] * 2 + [_INT64] * 2 + [_INT],
+    "linear_i8": [_POINTER] * 8 + [_INT64] * 5 + [_INT] * 4,
     "unpack_rows": [_POINTER] * 3 + [_INT64] * 2,
     "linear": [_POINTER] * 4 + [_INT64] * 5 + [_INT] * 4,
 }
@@ -34,9 +36,9 @@ _ARGUMENTS: dict[str, list[Any]] = {
 def kernel(name: str, dtype: torch.dtype) -> Any:
     """The C function of that name for that dtype; None without a library, or where this CPU lacks it."""
     built, _ = library()
-    if built is None or dtype not in NAMES:
+    if built is None or dtype not in _SUFFIX:
         return None
-    function = getattr(built, f"headrace_{name}_{NAMES[dtype]}", None)
+    function = getattr(built, f"headrace_{name}_{_SUFFIX[dtype]}", None)
     if function is not None:
         function.argtypes, function.restype = _ARGUMENTS[name], None
     return function

@@ -24,8 +24,8 @@ from engine.parallel.layers import (
     MergedColumnParallelLinear,
     QKVParallelLinear,
     RowParallelLinear,
-    Tensors,
 )
+from engine.parallel.linear import Tensors, product
 from engine.parallel.vocab import ParallelLMHead, VocabParallelEmbedding, tied
 
 #: The source of a tied head: a checkpoint may carry the alias or leave it out.
@@ -90,10 +90,10 @@ class Decoder:
         self.rope = Rope(spec, max_len, device)
         embed_VD = tensors.pop("embed.weight")
         if spec.tie_embeddings:
-            self.embed, self.head = tied(embed_VD, spec.vocab_size, comm)
+            self.embed, self.head = tied(tensors, embed_VD, spec.vocab_size, comm)
         else:
             self.embed = VocabParallelEmbedding(embed_VD, spec.vocab_size, comm)
-            self.head = ParallelLMHead(tensors.pop("head.weight"), spec.vocab_size, comm)
+            self.head = ParallelLMHead(product(tensors, tensors.pop("head.weight")), spec.vocab_size, comm)
         del embed_VD
         self.layers = [DecoderLayer(spec, tensors, i, comm) for i in range(spec.num_layers)]
         self.norm = RMSNorm(tensors.pop("norm.weight"), spec.rms_eps)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from engine.load.shards import Cut, Shard
     from engine.models.decoder import Decoder
     from engine.parallel.comm import Comm
+from engine.parallel.linear import Tensors
 
 Config = dict[str, Any]
 
@@ -91,9 +92,7 @@ def shards_of(spec: ModelSpec, cut: Cut) -> list[Shard]:
     return (qwen if spec.architecture == "QWenLMHeadModel" else decoder).shards(spec, cut)
 
 
-def build_model(
-    spec: ModelSpec, tensors: dict[str, torch.Tensor], comm: Comm, max_len: int, device: torch.device
-) -> Decoder:
+def build_model(spec: ModelSpec, tensors: Tensors, comm: Comm, max_len: int, device: torch.device) -> Decoder:
     """The decoder made of this rank's tensors, for sequences of up to `max_len` tokens."""
     from engine.models.decoder import Decoder
 

@@ -11,19 +11,19 @@ from __future__ import annotations
 
 import torch
 
-from engine.cpu.gemm import PARTS, Panels
+from engine.cpu.gemm import Panels
+from engine.cpu.int8 import Int8Panels
 from engine.load.shards import owned
 from engine.parallel.comm import Comm
-from engine.parallel.linear import gated_product, product
-
-Tensors = dict[str, torch.Tensor]
+from engine.parallel.linear import Tensors, gated_product, partial_product, product
 
 
 class ColumnParallelLinear:
     """y = x @ W.T + b with this rank's rows of W."""
 
     def __init__(self, tensors: Tensors, name: str) -> None:
-        self.product = product(tensors.pop(f"{name}.weight"), tensors.pop(f"{name}.bias", None))
+        weight, bias = tensors.pop(f"{name}.weight"), tensors.pop(f"{name}.bias", None)
+        self.product = product(tensors, weight, bias)
 
     def __call__(self, x_TI: torch.Tensor) -> torch.Tensor:
         return self.product(x_TI)
@@ -33,7 +33,8 @@ class MergedColumnParallelLinear(ColumnParallelLinear):
     """The gate and up projections of an MLP as one product: silu(x @ gate.T) * (x @ up.T)."""
 
     def __init__(self, tensors: Tensors, name: str) -> None:
-        self.product = gated_product(tensors.pop(f"{name}.weight"), tensors.pop(f"{name}.bias", None))
+        weight, bias = tensors.pop(f"{name}.weight"), tensors.pop(f"{name}.bias", None)
+        self.product = gated_product(tensors, weight, bias)
 
 
 class QKVParallelLinear(ColumnParallelLinear):
@@ -65,13 +66,12 @@ class RowParallelLinear:
 
     def __init__(self, tensors: Tensors, name: str, comm: Comm) -> None:
         weight, bias = tensors.pop(f"{name}.weight"), tensors.pop(f"{name}.bias", None)
-        self.panels = Panels.of(weight, bias, parts=max(1, PARTS // comm.world))
-        self.product = self.panels or product(weight, bias)
+        self.product = partial_product(tensors, weight, bias, comm.world)
         self.comm = comm
 
     def __call__(self, x_TI: torch.Tensor) -> torch.Tensor:
         if self.comm.world == 1:
             return self.product(x_TI)
-        if self.panels is not None:
-            return self.comm.all_reduce(self.panels(x_TI, wide=True)).to(x_TI.dtype)
+        if isinstance(self.product, Panels | Int8Panels):
+            return self.comm.all_reduce(self.product(x_TI, wide=True)).to(x_TI.dtype)
         return self.comm.all_reduce(self.product(x_TI))

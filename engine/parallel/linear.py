@@ -2,19 +2,22 @@
 
 Knows nothing of ranks or models. Layers call `product` once, after loading, and keep what it returns.
 
-On CPUs with AVX-512 that is the C++ kernel of `engine.cpu.gemm`; without a compiler, a bfloat16 weight is
-packed for oneDNN. All forms give a row the same bits among any multiple of 8 rows.
+On CPUs with AVX-512 that is the C++ kernel of `engine.cpu.gemm`, or of `engine.cpu.int8` where weights are
+to be rounded; without a compiler, a bfloat16 weight is packed for oneDNN. All forms give a row the same bits
+among any multiple of 8 rows.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 
 from engine.cpu import ops as cpu_ops
-from engine.cpu.gemm import Panels
+from engine.cpu.gemm import PARTS, Panels
+from engine.cpu.int8 import Int8Panels
 from engine.gpu import ops as gpu_ops
 
 #: Rows that oneDNN packs weights for; other numbers lose nothing.
@@ -27,14 +30,44 @@ class Product(Protocol):
     def __call__(self, x_TI: torch.Tensor) -> torch.Tensor: ...
 
 
-def product(weight_OI: torch.Tensor, bias_O: torch.Tensor | None = None) -> Product:
-    """x @ weight.T + bias."""
-    return Panels.of(weight_OI, bias_O) or TorchProduct(weight_OI, bias_O)
+class Tensors(dict[str, torch.Tensor]):
+    """This rank's tensors by name, and the form that products hold weights in (None: as they are)."""
+
+    quantization: str | None = None
 
 
-def gated_product(weight_OI: torch.Tensor, bias_O: torch.Tensor | None = None) -> Product:
+def product(
+    tensors: Mapping[str, torch.Tensor], weight_OI: torch.Tensor, bias_O: torch.Tensor | None = None
+) -> Product:
+    """x @ weight.T + bias, in the form that `tensors`, where the weight came from, asks for."""
+    return _panels(tensors, weight_OI, bias_O) or TorchProduct(weight_OI, bias_O)
+
+
+def gated_product(
+    tensors: Mapping[str, torch.Tensor], weight_OI: torch.Tensor, bias_O: torch.Tensor | None = None
+) -> Product:
     """silu(gate) * up, where the weight's first half of rows makes the gates and the second the ups."""
-    return Panels.of(weight_OI, bias_O, gated=True) or GatedProduct(product(weight_OI, bias_O))
+    gated = _panels(tensors, weight_OI, bias_O, gated=True)
+    return gated or GatedProduct(product(tensors, weight_OI, bias_O))
+
+
+def partial_product(
+    tensors: Mapping[str, torch.Tensor], weight_OI: torch.Tensor, bias_O: torch.Tensor | None, ranks: int
+) -> Product:
+    """A product over this rank's part of the inputs. `ranks` of them add up to the bits of one alone, where
+    the C++ kernel computes them: see `engine.cpu.gemm`."""
+    parts = max(1, PARTS // ranks)
+    return _panels(tensors, weight_OI, bias_O, parts=parts) or TorchProduct(weight_OI, bias_O)
+
+
+def _panels(
+    tensors: Mapping[str, torch.Tensor], weight_OI: torch.Tensor, bias_O: torch.Tensor | None, **how: Any
+) -> Panels | Int8Panels | None:
+    if getattr(tensors, "quantization", None) == "int8":
+        rounded = Int8Panels.of(weight_OI, bias_O, **how)
+        if rounded is not None:
+            return rounded
+    return Panels.of(weight_OI, bias_O, **how)
 
 
 class TorchProduct:

@@ -12,15 +12,16 @@ import torch
 import torch.nn.functional as F
 
 from engine.cpu.gemm import Panels
+from engine.cpu.int8 import Int8Panels
 from engine.load.shards import vocab_range
 from engine.parallel.comm import Comm
-from engine.parallel.linear import Product, product
+from engine.parallel.linear import Product, Tensors, product
 
 
 class VocabParallelEmbedding:
     """Looks up this rank's ids, zero for all others, and sums over the ranks."""
 
-    def __init__(self, weight_VD: torch.Tensor | Panels, vocab_size: int, comm: Comm) -> None:
+    def __init__(self, weight_VD: torch.Tensor | Panels | Int8Panels, vocab_size: int, comm: Comm) -> None:
         self.weight_VD = weight_VD
         self.comm = comm
         self.start, self.end, _ = vocab_range(vocab_size, comm.rank, comm.world)
@@ -33,16 +34,16 @@ class VocabParallelEmbedding:
         return self.comm.all_reduce(x_TD.masked_fill_(~mine_T[:, None], 0))
 
     def _rows(self, ids_T: torch.Tensor) -> torch.Tensor:
-        if isinstance(self.weight_VD, Panels):
-            return self.weight_VD.rows(ids_T)
-        return F.embedding(ids_T, self.weight_VD)
+        if isinstance(self.weight_VD, torch.Tensor):
+            return F.embedding(ids_T, self.weight_VD)
+        return self.weight_VD.rows(ids_T)
 
 
 class ParallelLMHead:
     """Logits of this rank's ids."""
 
-    def __init__(self, weight_VD: torch.Tensor | Product, vocab_size: int, comm: Comm) -> None:
-        self.product = product(weight_VD) if isinstance(weight_VD, torch.Tensor) else weight_VD
+    def __init__(self, product: Product, vocab_size: int, comm: Comm) -> None:
+        self.product = product
         self.start, self.end, _ = vocab_range(vocab_size, comm.rank, comm.world)
 
     def __call__(self, x_SD: torch.Tensor) -> torch.Tensor:
@@ -51,8 +52,9 @@ class ParallelLMHead:
 
 
 def tied(
-    weight_VD: torch.Tensor, vocab_size: int, comm: Comm
+    tensors: Tensors, weight_VD: torch.Tensor, vocab_size: int, comm: Comm
 ) -> tuple[VocabParallelEmbedding, ParallelLMHead]:
-    """Embedding and head of one table: packed once where both can use that, else the same tensor twice."""
-    shared = Panels.of(weight_VD) or weight_VD
-    return VocabParallelEmbedding(shared, vocab_size, comm), ParallelLMHead(shared, vocab_size, comm)
+    """Embedding and head of one table, held once where the head's form can give rows back."""
+    head = product(tensors, weight_VD)
+    shared = head if isinstance(head, Panels | Int8Panels) else weight_VD
+    return VocabParallelEmbedding(shared, vocab_size, comm), ParallelLMHead(head, vocab_size, comm)

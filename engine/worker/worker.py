@@ -19,6 +19,7 @@ import torch
 
 from engine.attn.base import AttentionBackend, AttnStep, attn_shape, choose
 from engine.config import EngineConfig, ModelSpec, context_length
+from engine.cpu.kernels import kernel
 from engine.errors import CheckpointError, ConfigError
 from engine.exec.base import RankReport
 from engine.exec.wire import StepPlan, StepResult
@@ -27,6 +28,7 @@ from engine.load.shards import Cut, owned
 from engine.models.decoder import HEAD
 from engine.models.registry import build_model, shards_of
 from engine.parallel.comm import Comm, connect
+from engine.parallel.linear import Tensors
 from engine.request import TokenLogprobs
 from engine.sample.output import SampleOutput
 from engine.sample.sampler import Sampler
@@ -78,6 +80,12 @@ class Worker:
             torch.set_num_threads(self.config.num_threads or max(1, cores // self.world))
         timeout = max(COLLECTIVE_TIMEOUT_S, 2 * self.config.step_timeout_s)
         self.comm = connect(self.rank, self.world, self.init_method, self.device, timeout)
+        if self.config.quantization == "int8" and (
+            self.device.type != "cpu" or kernel("linear_i8", self.dtype) is None
+        ):
+            raise ConfigError(
+                "--quantization int8 needs a CPU with AVX-512 VNNI and a C++ compiler: leave it out here."
+            )
         torch.manual_seed(self.config.seed)
         if self.device.type == "cuda":
             one = torch.ones(8, 8, device=self.device, dtype=self.dtype)
@@ -94,7 +102,8 @@ class Worker:
                 tied = HEAD if self.spec.tie_embeddings else None
                 tensors = load_shards(checkpoint, plan, self.dtype, tied)
         weights = sum(t.numel() * t.element_size() for t in tensors.values()) / GIB
-        tensors = {name: t.to(self.device) for name, t in tensors.items()}
+        tensors = Tensors({name: t.to(self.device) for name, t in tensors.items()})
+        tensors.quantization = self.config.quantization
         self.model = build_model(self.spec, tensors, self.comm, self.max_len, self.device)
         if tensors:
             raise CheckpointError(f"the model does not use {', '.join(sorted(tensors))}")

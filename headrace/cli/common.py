@@ -50,6 +50,7 @@ _ENGINE_FLAGS: tuple[tuple[str, Any, str, str], ...] = (
     ("max_parallel_loading_workers", int, "N", "ranks that load weights at once (default: all)"),
     ("ray_address", str, "ADDRESS", "join this Ray cluster (default: start a local one)"),
     ("num_threads", int, "N", "CPU threads of each rank (default: cores / ranks)"),
+    ("quantization", str, "NAME", "int8: products in 8 bits, on CPUs; faster, other answers"),
     ("enforce_eager", bool, "", "launch every kernel of a GPU's steps by itself, without CUDA graphs"),
     ("device", str, "NAME", "auto, cpu or cuda"),
 )

@@ -14,6 +14,7 @@ import torch
 from engine.cpu.kernels import kernel
 from engine.parallel.comm import Comm
 from engine.parallel.layers import MergedColumnParallelLinear, RowParallelLinear
+from engine.parallel.linear import product
 from engine.parallel.vocab import ParallelLMHead, VocabParallelEmbedding
 from engine.request import Sampling
 from tests.engine.model import drive, tiny
@@ -86,7 +87,7 @@ def layer_answers(comm: Comm) -> dict[str, torch.Tensor]:
     padded = torch.cat([table, torch.full((16 - 13, 6), torch.nan)])[r * rows : (r + 1) * rows]
     ids = torch.tensor([0, 7, 8, 12, 3])
     embedded = VocabParallelEmbedding(padded.nan_to_num(), 13, comm)(ids)
-    logits = ParallelLMHead(padded, 13, comm)(x)
+    logits = ParallelLMHead(product({}, padded), 13, comm)(x)
     return {
         "down": down,
         "long": long,
