@@ -13,7 +13,8 @@ import os
 import signal
 import sys
 import time
-from typing import TypeVar
+from itertools import count
+from typing import Any, TypeVar
 
 from engine.config import EngineConfig, ModelSpec
 from engine.exec.echo import EchoExecutor, echo_spec
@@ -51,16 +52,18 @@ class ChaosExecutor(EchoExecutor):
         super().submit(plan)
 
 
-def die_around(script: str, after: bool, nth: int = 3) -> None:
-    """Kill this process at the nth call of a ledger script: before it is sent, or after its reply."""
-    send, calls = Store._send, iter(range(1, 1 << 30))
+def die_around(name: str, after: bool, nth: int = 2) -> None:
+    """Kill this process at the nth call of a ledger script that moves jobs: before it is sent, or after its
+    reply."""
+    send, calls = Store._send, count(1)
 
     def deadly(self: Store, call: Call[T]) -> T:
-        mine = call.script is not None and call.script.name == script and next(calls) == nth
-        if mine and not after:
+        mine = call.script is not None and call.script.name == name
+        if mine and not after and next(calls) == nth:
             os.kill(os.getpid(), signal.SIGKILL)
-        reply = send(self, call)
-        if mine and after:
+        reply: Any = send(self, call)
+        moved = reply[3] if name == "lease" and mine else reply
+        if mine and after and moved and next(calls) == nth:
             os.kill(os.getpid(), signal.SIGKILL)
         return reply
 

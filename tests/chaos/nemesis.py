@@ -65,6 +65,8 @@ def die_at_each_step(world: World, stop: threading.Event) -> None:
             world.sinks["chaos"].kill()
             world.sinks["chaos"].wait()
     engine.flags = world.flags
+    if points or sinks:
+        raise AssertionError(f"the load ended before every step was tried: {points} {sinks} are left")
     stop.wait()
 
 
@@ -157,7 +159,7 @@ CELLS = {
     for cell in (
         Cell("F1", "no fault", nothing),
         Cell("F2", "SIGKILL of an engine every 2 to 5 s", kill_engines),
-        Cell("F3", "SIGKILL at each step of a job and of a sink's commit", die_at_each_step, per_second=60),
+        Cell("F3", "SIGKILL at each step of a job and of a sink's commit", die_at_each_step, per_second=80),
         Cell("F4", "SIGSTOP of an engine for three leases, then SIGCONT", stop_and_continue_engines),
         Cell("F6", "SIGKILL and restart of the server, appendfsync always", restart_server),
         Cell("F9", "FLUSHALL, DEL of streams, XGROUP DESTROY", wipe_server, wipes=True),

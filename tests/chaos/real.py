@@ -160,6 +160,7 @@ def main() -> int:
     parser.add_argument("--limit", type=float, default=600, help="seconds")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is ended as well
     low, high = map(float, args.every.split(","))
     rng, faults = random.Random(args.seed), args.faults.split(",")
     real = Real(Path(tempfile.mkdtemp(prefix="hr-chaos-F5-")), args.rows)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 import tempfile
 import threading
@@ -89,6 +90,7 @@ def main() -> int:
     parser.add_argument("--server", default="valkey-9")
     parser.add_argument("--out", type=Path, help="append the JSON lines to this file as well")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is ended as well
     cells = args.cells.split(",") if args.cells else (list(CELLS) if args.full else list(LANE_CELLS))
     bad = 0
     for seed in range(args.seed, args.seed + args.seeds):
