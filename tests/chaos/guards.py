@@ -122,6 +122,6 @@ def without(guard: Guard, folder: Path) -> subprocess.CompletedProcess[str]:
     text = path.read_text()
     assert guard.present in text, f"{guard.name}: {guard.file} no longer holds {guard.present!r}"
     path.write_text(text.replace(guard.present, guard.absent, 1))
-    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "--timeout", "60", guard.test]
+    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "--timeout", "120", guard.test]
     env = os.environ | {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
     return subprocess.run(command, cwd=copy, env=env, capture_output=True, text=True)

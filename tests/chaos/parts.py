@@ -106,7 +106,7 @@ class EngineProcess:
         self.starts += 1
 
     def wait_ready(self) -> None:
-        wait_for(lambda: "state=ready" in self.said() or not self.alive, 60)
+        wait_for(lambda: "state=ready" in self.said() or not self.alive, 120)
         assert self.alive, self.said()
 
     def said(self) -> str:
