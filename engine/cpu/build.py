@@ -24,6 +24,7 @@ _ENGINE = Path(__file__).resolve().parent.parent
 SOURCES = (
     _ENGINE / "cpu" / "ops.cpp",
     _ENGINE / "cpu" / "gemm.cpp",
+    _ENGINE / "cpu" / "shared.cpp",
     _ENGINE / "attn" / "cpu_heads.cpp",
     _ENGINE / "attn" / "cpu_paged.cpp",
 )

@@ -17,6 +17,7 @@ NAMES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 _SUFFIX = NAMES | {torch.int8: "i8"}
 
 _POINTER, _INT64, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
+_DOUBLE = ctypes.c_double
 _ARGUMENTS: dict[str, list[Any]] = {
     "rms_norm": [_POINTER] * 3 + [_INT64] * 4 + [_FLOAT, _INT],
     "rotate": [_POINTER] * 4 + [_INT64] * 5 + [_INT],
@@ -27,9 +28,13 @@ _ARGUMENTS: dict[str, list[Any]] = {
     "attend": [_POINTER] * 8 + [_INT64] * 5 + [_INT] * 6 + [_FLOAT, _INT],
     "pack": [_POINTER] * 2 + [_INT64] * 2 + [_INT],
     "linear_i8": [_POINTER] * 8 + [_INT64] * 5 + [_INT] * 4,
+    "sum": [_POINTER] * 2 + [_INT64] * 3 + [_INT] * 3 + [_DOUBLE],
     "unpack_rows": [_POINTER] * 3 + [_INT64] * 2,
     "linear": [_POINTER] * 4 + [_INT64] * 5 + [_INT] * 4,
 }
+
+#: What those functions return that return something.
+_RESULTS = {"sum": _INT}
 
 
 @functools.cache
@@ -40,5 +45,5 @@ def kernel(name: str, dtype: torch.dtype) -> Any:
         return None
     function = getattr(built, f"headrace_{name}_{_SUFFIX[dtype]}", None)
     if function is not None:
-        function.argtypes, function.restype = _ARGUMENTS[name], None
+        function.argtypes, function.restype = _ARGUMENTS[name], _RESULTS.get(name)
     return function

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from engine.load.shards import Cut, Shard
     from engine.models.decoder import Decoder
     from engine.parallel.comm import Comm
-from engine.parallel.linear import Tensors
+    from engine.parallel.linear import Tensors
 
 Config = dict[str, Any]
 

@@ -13,6 +13,9 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from engine.cpu.kernels import NAMES as SHARED_SUMS
+from engine.parallel.shared import SLOT, SharedMemory, share
+
 
 @dataclass(slots=True)
 class Traffic:
@@ -27,9 +30,10 @@ class Traffic:
 class Comm:
     """Rank `rank` of `world`. Every rank must call the same verbs in the same order."""
 
-    def __init__(self, rank: int = 0, world: int = 1) -> None:
+    def __init__(self, rank: int = 0, world: int = 1, shared: SharedMemory | None = None) -> None:
         self.rank = rank
         self.world = world
+        self.shared = shared  # CPU ranks of one machine
         self.traffic = Traffic()
         self._ordered_sum = world > 2 and dist.get_backend() == "gloo"
 
@@ -44,6 +48,8 @@ class Comm:
             return x
         self.traffic.all_reduces += 1
         self.traffic.all_reduce_bytes += x.numel() * x.element_size()
+        if self.shared is not None and x.dtype in SHARED_SUMS:
+            return self.shared.sum(x)
         if not self._ordered_sum:
             dist.all_reduce(x)
             return x
@@ -78,13 +84,16 @@ class Comm:
 
     def _gather(self, x: torch.Tensor) -> torch.Tensor:
         x = x.contiguous()
+        if self.shared is not None and x.numel() * x.element_size() <= SLOT:
+            return self.shared.gather(x)
         out = torch.empty((self.world, *x.shape), dtype=x.dtype, device=x.device)
         dist.all_gather(list(out.unbind(0)), x)
         return out
 
 
 def connect(rank: int, world: int, init_method: str | None, device: torch.device, timeout_s: float) -> Comm:
-    """Join the group at `init_method` ("tcp://host:port"): NCCL between GPUs, gloo between CPUs."""
+    """Join the group at `init_method` ("tcp://host:port"): NCCL between GPUs, gloo between CPUs, and shared
+    memory beside it where all ranks are on one machine."""
     if world > 1:
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
@@ -93,4 +102,5 @@ def connect(rank: int, world: int, init_method: str | None, device: torch.device
             world_size=world,
             timeout=timedelta(seconds=timeout_s),
         )
-    return Comm(rank, world)
+    on_cpus = world > 1 and device.type == "cpu"
+    return Comm(rank, world, share(rank, world, timeout_s) if on_cpus else None)
