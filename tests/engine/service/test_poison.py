@@ -48,6 +48,19 @@ def test_several_poison_rows_are_all_found(lane: Lane, tmp_path: Path) -> None:
     assert {letter.info["id"] for letter in lane.run(lane.ledger.dead_letters())} == {f"j{i}" for i in bad}
 
 
+def test_only_what_was_in_flight_at_the_first_death_is_run_again(lane: Lane, tmp_path: Path) -> None:
+    """Suspects run alone: what waits behind them shares no step with the culprit."""
+    jobs = [ids_job(f"j{i}", [1, 2, KILLER if i == 3 else 3]) for i in range(150)]
+    lane.run(lane.ledger.submit(jobs, 1000))
+    with serving(lane, tmp_path, rows=16):
+        wait_for(lambda: lane.run(lane.ledger.progress("r")).ended == 150)
+    done = {c.id: c for c in lane.results()}
+    assert sum(c.status is Status.OK for c in done.values()) == 149
+    again = {name for name, c in done.items() if c.attempts > 1}
+    assert "j3" in again
+    assert len(again) <= 21, "16 rows and 5 that were leased ahead"
+
+
 def test_a_redriven_job_runs_again_with_a_fresh_budget(lane: Lane, tmp_path: Path) -> None:
     lane.run(lane.ledger.submit([ids_job("j", [KILLER])], 100))
     with serving(lane, tmp_path):
