@@ -23,11 +23,17 @@ KILLER = 13
 
 
 class FrailExecutor(EchoExecutor):
-    """An echo whose rank dies of one token."""
+    """An echo whose rank dies of one token, `fuse` steps after it came."""
+
+    fuse = 0
+    _left: int | None = None
 
     def submit(self, plan: StepPlan) -> None:
-        if any(KILLER in new.tokens for new in plan.new):
+        if self._left is None and any(KILLER in new.tokens for new in plan.new):
+            self._left = self.fuse
+        if self._left == 0:
             raise WorkerDied(0, f"Traceback: token {KILLER} is poison")
+        self._left = None if self._left is None else self._left - 1
         super().submit(plan)
 
 
@@ -35,7 +41,7 @@ class Engine:
     """A running service. `deaths`: how often its ranks were built again."""
 
     def __init__(
-        self, lane: Lane, folder: Path, rows: int, step_s: float, lookahead: int, **settings: Any
+        self, lane: Lane, folder: Path, rows: int, step_s: float, lookahead: int, fuse: int, **settings: Any
     ) -> None:
         self.builds = 0
         config = EngineConfig(
@@ -45,7 +51,9 @@ class Engine:
 
         def build(config: EngineConfig, spec: ModelSpec) -> FrailExecutor:
             self.builds += 1
-            return FrailExecutor(config, step_seconds=step_s)
+            ranks = FrailExecutor(config, step_seconds=step_s)
+            ranks.fuse = fuse
+            return ranks
 
         own = Settings(redis=lane.url, lane=LANE, **settings)
         self.service = Service(config, echo_spec(256, 4096), own, build)
@@ -74,9 +82,16 @@ class Engine:
 
 @contextlib.contextmanager
 def serving(
-    lane: Lane, folder: Path, *, rows: int = 64, step_s: float = 0.0, lookahead: int = 0, **settings: Any
+    lane: Lane,
+    folder: Path,
+    *,
+    rows: int = 64,
+    step_s: float = 0.0,
+    lookahead: int = 0,
+    fuse: int = 0,
+    **settings: Any,
 ) -> Iterator[Engine]:
-    engine = Engine(lane, folder, rows, step_s, lookahead, **settings)
+    engine = Engine(lane, folder, rows, step_s, lookahead, fuse, **settings)
     try:
         yield engine
     finally:
