@@ -5,11 +5,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -26,24 +28,43 @@ STEPS = {
     "chunks": [(0, 37), (20, 3), (64, 165)],
     "mixed": [(9, 1), (0, 5), (100, 1), (31, 33), (127, 1)],
 }
+#: On a GPU only: rows in many splits, beside one that is not split.
+LONG = [(5000, 1), (9000, 1), (1, 1), (20, 600)]
+Maker = Callable[[AttnShape], AttentionBackend]
 #: Largest error allowed against SDPA in float32, as a share of the oracle's largest value.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 
 
 def checks(device: torch.device, seed: int) -> Iterator[dict[str, Any]]:
-    """The chosen backend against SDPA in float32: heads, windows, dtypes and mixes of rows."""
-    for dtype in (torch.float32, torch.bfloat16, *([torch.float16] if device.type == "cuda" else [])):
-        for heads in ((16, 8, 128), (40, 40, 128), (6, 2, 24), (7, 1, 64)):
-            for window in (None, 100):
-                worst, name = 0.0, ""
-                for rows in STEPS.values():
-                    seed += 1
-                    error, name = largest_error(rows, heads, window, dtype, device, seed)
-                    worst = max(worst, error)
-                yield {
-                    "check": "attention", "backend": name, "heads": heads, "window": window,
-                    "dtype": _name(dtype), "error": f"{worst:.1e}", "ok": worst <= TOLERANCE[dtype],
-                }  # fmt: skip
+    """The chosen backend, and on a GPU its exact mode, against SDPA in float32: heads, windows, dtypes and
+    mixes of rows."""
+    on_gpu = device.type == "cuda"
+    makers: list[Maker] = [chosen, *([exact] if on_gpu and importlib.util.find_spec("triton") else [])]
+    steps = [*STEPS.values(), *([LONG] if on_gpu else [])]
+    dtypes = (torch.float32, torch.bfloat16, *([torch.float16] if on_gpu else []))
+    for make, dtype in product(makers, dtypes):
+        for heads, window in product(((16, 8, 128), (40, 40, 128), (6, 2, 24), (7, 1, 64)), (None, 100)):
+            worst, name = 0.0, ""
+            for rows in steps:
+                seed += 1
+                error, name = largest_error(rows, heads, window, dtype, device, seed, make)
+                worst = max(worst, error)
+            yield {
+                "check": "attention", "backend": name, "mode": make.__name__, "heads": heads,
+                "window": window, "dtype": _name(dtype), "error": f"{worst:.1e}",
+                "ok": worst <= TOLERANCE[dtype],
+            }  # fmt: skip
+
+
+def chosen(shape: AttnShape) -> AttentionBackend:
+    """What the engine would take."""
+    return choose(shape)[0]
+
+
+def exact(shape: AttnShape) -> AttentionBackend:
+    from engine.attn.triton_paged import TritonBackend
+
+    return TritonBackend(shape, exact=True)
 
 
 @contextmanager
@@ -58,13 +79,13 @@ def poisoned_memory() -> Iterator[None]:
 
 def largest_error(
     rows: list[tuple[int, int]], heads: tuple[int, int, int], window: int | None, dtype: torch.dtype,
-    device: torch.device, seed: int,
+    device: torch.device, seed: int, make: Maker = chosen,
 ) -> tuple[float, str]:  # fmt: skip
     """(largest difference from SDPA in float32 on the CPU, as a share of its largest value; backend)."""
     cpu = torch.device("cpu")
     backends = [
         SdpaBackend(AttnShape(*heads, BLOCK, (window,), torch.float32, cpu)),
-        choose(AttnShape(*heads, BLOCK, (window,), dtype, device))[0],
+        make(AttnShape(*heads, BLOCK, (window,), dtype, device)),
     ]
     with poisoned_memory():
         oracle, ours = (_attend(backend, rows, dtype, seed).float().cpu() for backend in backends)
