@@ -55,9 +55,12 @@ class Attempts:
     @classmethod
     def parse(cls, raw: bytes) -> Attempts:
         if not raw:
-            return cls()
+            return _NONE
         crashes, errors, releases, proven, crash = raw.decode().split()
         return cls(int(crashes), int(errors), int(releases), proven == "1", crash)
+
+
+_NONE = Attempts()
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +70,7 @@ class Leased:
     stream: str
     entry_id: str
     raw: bytes
-    attempts: Attempts = Attempts()
+    attempts: Attempts = _NONE
     cancelled: bool = False
 
     @property

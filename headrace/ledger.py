@@ -44,8 +44,8 @@ RETENTION_S = 7 * 86_400
 #: Largest payload that stands in its stream entry; larger ones are kept beside it, so that no read of many
 #: entries is a reply of many megabytes. The hard limit is `headrace.messages.MAX_JOB_BYTES`.
 INLINE_BYTES = 64 << 10
-#: Tokens that a chat without max_tokens is taken to make, for fairness only.
-CHAT_TOKENS = 256
+#: Tokens that a chat without max_tokens is taken to make, for fairness only, and that a completion makes.
+CHAT_TOKENS, COMPLETION_TOKENS = 256, 16
 
 
 class Ledger(ResultCalls, RunCalls, CancelCalls, DeadLetterCalls):
@@ -116,6 +116,8 @@ _STREAM_NO = {priority: n for n, priority in enumerate(PRIORITIES, start=1)}
 def estimated_tokens(job: Job, size: int) -> int:
     """What a job will cost an engine, for the fairness of intake: four bytes of JSON are about a token, and
     it generates what it may. Never 0."""
-    default = {Kind.CHAT: CHAT_TOKENS, Kind.COMPLETION: 16, Kind.SCORE: 0}[job.kind]
-    made = job.params.max_tokens if job.params.max_tokens is not None else default
-    return size // 4 + 1 + job.params.n * (0 if job.kind is Kind.SCORE else made)
+    params = job.params
+    if job.kind is Kind.SCORE:
+        return size // 4 + 1
+    made = params.max_tokens or (CHAT_TOKENS if job.kind is Kind.CHAT else COMPLETION_TOKENS)
+    return size // 4 + 1 + params.n * made
