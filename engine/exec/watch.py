@@ -174,7 +174,7 @@ class Watch:
 def _in_collective(text: str) -> bool:
     """Whether a traceback or stack ends in a collective, where a rank waits for its peers."""
     tail = "\n".join(text.rstrip().splitlines()[-_TAIL:])
-    return "torch/distributed" in tail or "engine/parallel/shared.py" in tail or "gloo" in tail or "NCCL" in tail
+    return any(sign in tail for sign in ("torch/distributed", "engine/parallel/shared.py", "gloo", "NCCL"))
 
 
 def _short(text: str) -> str:
