@@ -18,6 +18,7 @@ from typing import Any
 # A script's own folder leads sys.path, and there this file would pass for the package `engine`.
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from bench.contenders.serve import peak_rss_mb
 from bench.workloads import NAMES, Row, from_file, named, reversed_prompts, warm_up
 from engine.config import EngineConfig, ModelSpec
 from engine.engine import Engine
@@ -101,21 +102,6 @@ def _timed(engine: Engine, spec: ModelSpec, rows: list[Row], args: argparse.Name
         "preemptions": int(done("preemptions")),
         "scheduling_s": round(done("scheduling_s"), 3),
     }
-
-
-def peak_rss_mb() -> float:
-    """The high-water marks of this process and its descendants, added; shared pages count in each."""
-    pids, total = [os.getpid()], 0.0
-    while pids:
-        pid = pids.pop()
-        try:
-            status = Path(f"/proc/{pid}/status").read_text()
-            for task in Path(f"/proc/{pid}/task").iterdir():
-                pids += map(int, (task / "children").read_text().split())
-        except OSError:
-            continue  # it ended meanwhile
-        total += next((int(x.split()[1]) / 1024 for x in status.splitlines() if x.startswith("VmHWM")), 0.0)
-    return total
 
 
 def _config(args: argparse.Namespace) -> EngineConfig:
